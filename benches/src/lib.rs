@@ -1,0 +1,39 @@
+//! Timing as every benchmark here does it: warm-up, at least 20 runs, median with the tenth and ninetieth percentiles.
+
+use std::time::Instant;
+
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    pub median_ms: f64,
+    pub p10_ms: f64,
+    pub p90_ms: f64,
+}
+
+impl Timing {
+    fn of(mut ms: Vec<f64>) -> Self {
+        ms.sort_by(f64::total_cmp);
+        let at = |share: f64| ms[((ms.len() - 1) as f64 * share).round() as usize];
+        Self { median_ms: at(0.5), p10_ms: at(0.1), p90_ms: at(0.9) }
+    }
+
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::json!({"median_ms": self.median_ms, "p10_ms": self.p10_ms, "p90_ms": self.p90_ms})
+    }
+}
+
+/// Times several bodies in turn, `runs` times each, so that a noisy machine favours none of them.
+pub fn interleaved(runs: usize, bodies: &mut [&mut dyn FnMut() -> anyhow::Result<()>]) -> anyhow::Result<Vec<Timing>> {
+    for body in bodies.iter_mut() {
+        (body)()?;
+        (body)()?;
+    }
+    let mut times = vec![Vec::with_capacity(runs); bodies.len()];
+    for _ in 0..runs {
+        for (body, times) in bodies.iter_mut().zip(&mut times) {
+            let start = Instant::now();
+            (body)()?;
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    Ok(times.into_iter().map(Timing::of).collect())
+}

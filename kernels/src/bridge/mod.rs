@@ -1,0 +1,166 @@
+//! The few things that tch lacks, through a small C++ file: an autograd node whose backward is Rust, backward from
+//! a given gradient, activation checkpointing built on the two, and opening libtorch_cuda at run time.
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use crate::{Error, Result};
+
+/// The backward of one node: gradients of its outputs in, gradients of its inputs out, in the order of [`attach`].
+///
+/// `None` stands for zero in both directions. It runs once, in no-grad mode; on CUDA it runs on libtorch's own thread.
+pub trait Backward: Send + 'static {
+    fn backward(self: Box<Self>, grads: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>>;
+}
+
+impl<F> Backward for F
+where
+    F: FnOnce(Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> + Send + 'static,
+{
+    fn backward(self: Box<Self>, grads: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
+        self(grads)
+    }
+}
+
+#[repr(C)]
+struct Callbacks {
+    state: *mut c_void,
+    call: unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, usize, *mut *mut C_tensor, usize) -> *mut c_char,
+    drop: unsafe extern "C" fn(*mut c_void),
+}
+
+unsafe extern "C" {
+    fn lasp_attach(
+        inputs: *const *const C_tensor,
+        n: usize,
+        outputs: *const *const C_tensor,
+        m: usize,
+        rust: Callbacks,
+    ) -> *mut c_char;
+    fn lasp_backward(output: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
+    fn lasp_open_cuda() -> *mut c_char;
+    fn lasp_free(message: *mut c_char);
+    fn strdup(text: *const c_char) -> *mut c_char;
+}
+
+/// What a node holds until its backward has run.
+struct NodeState(Option<Box<dyn Backward>>);
+
+/// Records in the autograd graph that `outputs` were computed from `inputs`, with `backward` as the derivative.
+///
+/// `outputs` must be fresh tensors, computed in no-grad mode. Where no input requires a gradient, or grad mode is off,
+/// nothing is recorded and `backward` is dropped.
+pub fn attach(inputs: &[&Tensor], outputs: &[&Tensor], backward: impl Backward) -> Result<()> {
+    let ins: Vec<_> = inputs.iter().map(|t| t.as_ptr()).collect();
+    let outs: Vec<_> = outputs.iter().map(|t| t.as_ptr()).collect();
+    let state = Box::into_raw(Box::new(NodeState(Some(Box::new(backward)))));
+    let rust = Callbacks { state: state.cast(), call: call_backward, drop: drop_state };
+    // SAFETY: the pointers are of live tensors for the duration of the call; the node takes `state` over and frees it
+    // once, through `drop_state`.
+    unsafe { check(lasp_attach(ins.as_ptr(), ins.len(), outs.as_ptr(), outs.len(), rust)) }
+}
+
+/// Runs backward from `output` with `grad` as its gradient, accumulating into the `.grad` of the leaves.
+pub fn backward(output: &Tensor, grad: &Tensor) -> Result<()> {
+    // SAFETY: both tensors outlive the call, which only reads them.
+    unsafe { check(lasp_backward(output.as_ptr(), grad.as_ptr())) }
+}
+
+/// Activation checkpointing: runs `block` on `x` without keeping what its backward needs, and runs it again there.
+///
+/// Parameters used inside `block` accumulate their gradients during that second run. `block` must give the same
+/// result each time it is called; collectives inside it are issued again, in the same order on every rank.
+pub fn checkpoint(x: &Tensor, block: impl Fn(&Tensor) -> Result<Tensor> + Send + 'static) -> Result<Tensor> {
+    let out = {
+        let _guard = tch::no_grad_guard();
+        block(&x.f_detach()?)?
+    };
+    let saved = x.f_detach()?;
+    attach(&[x], &[&out], move |mut grads: Vec<Option<Tensor>>| {
+        let Some(grad) = grads.swap_remove(0) else { return Ok(vec![None]) };
+        let x = saved.f_detach()?.f_set_requires_grad(true)?;
+        let again = tch::with_grad(|| block(&x))?;
+        backward(&again, &grad)?;
+        Ok(vec![Some(x.f_grad()?)])
+    })?;
+    Ok(out)
+}
+
+/// Makes a GPU visible to libtorch, if it has one. To be called once, before the first tensor.
+pub fn open_cuda() -> Result<()> {
+    // SAFETY: opens a shared library that libtorch itself is made to load in this way.
+    unsafe { check(lasp_open_cuda()) }
+}
+
+unsafe extern "C" fn call_backward(
+    state: *mut c_void,
+    grads: *const *mut C_tensor,
+    n: usize,
+    results: *mut *mut C_tensor,
+    m: usize,
+) -> *mut c_char {
+    // SAFETY: `state` came from `attach` and is freed only by `drop_state`; `grads` and `results` are arrays of the
+    // given lengths, each entry of `grads` null or a live tensor.
+    let (state, grads, results) = unsafe {
+        (
+            &mut *state.cast::<NodeState>(),
+            if n == 0 { &[][..] } else { std::slice::from_raw_parts(grads, n) },
+            if m == 0 { &mut [][..] } else { std::slice::from_raw_parts_mut(results, m) },
+        )
+    };
+    let run = || -> Result<Vec<Option<Tensor>>> {
+        let backward =
+            state.0.take().ok_or_else(|| Error::Unsupported("a second backward through one node".to_owned()))?;
+        let grads = grads
+            .iter()
+            // SAFETY: a non-null entry is a live tensor; `clone_from_ptr` takes a reference of its own.
+            .map(|&p| (!p.is_null()).then(|| unsafe { Tensor::clone_from_ptr(p) }))
+            .collect();
+        let out = backward.backward(grads)?;
+        if out.len() != m {
+            return Err(Error::Unsupported(format!("a backward returned {} gradients for {m} inputs", out.len())));
+        }
+        Ok(out)
+    };
+    let message = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(out)) => {
+            for (place, tensor) in results.iter_mut().zip(out) {
+                // Ownership of the boxed at::Tensor passes to C++, which deletes it.
+                *place = tensor.map_or(std::ptr::null_mut(), |t| {
+                    let pointer = t.as_ptr().cast_mut();
+                    std::mem::forget(t);
+                    pointer
+                });
+            }
+            return std::ptr::null_mut();
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+            format!("panic in backward: {}", text.unwrap_or_else(|| "no message".to_owned()))
+        }
+    };
+    let message = CString::new(message.replace('\0', " ")).unwrap_or_default();
+    // SAFETY: copies a valid C string; C++ frees the copy.
+    unsafe { strdup(message.as_ptr()) }
+}
+
+unsafe extern "C" fn drop_state(state: *mut c_void) {
+    // SAFETY: `state` came from `Box::into_raw` in `attach`; C++ calls this once.
+    drop(unsafe { Box::from_raw(state.cast::<NodeState>()) });
+}
+
+/// SAFETY: `message` is null or a string from `strdup`, owned by the caller.
+unsafe fn check(message: *mut c_char) -> Result<()> {
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: not null, hence a C string that is ours to free.
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    unsafe { lasp_free(message) };
+    Err(Error::Libtorch(text))
+}

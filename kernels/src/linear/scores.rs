@@ -1,0 +1,126 @@
+//! The products inside a chunk: `A_ij = <q_i e^{b_i - b_j}, k_j>` for j <= i, and its derivative.
+//!
+//! A scalar decay multiplies the scores by a lower-triangular matrix. A decay per channel stands inside the inner
+//! product, where a factorisation `(q_i e^{b_i}) (k_j e^{-b_j})` would overflow. The chunk is halved instead, again and
+//! again: between a right half and the left half before it, both factors are taken relative to the boundary, so that
+//! every exponent is at most 0 and every block is one matrix product; the diagonal needs no decay at all.
+
+use tch::{Kind, Tensor};
+
+use super::chunks::{ChunkDecay, Chunked, Shape, factor};
+use crate::Result;
+
+/// The scores of all chunks, `[n G, C, C]`, lower triangular.
+pub(super) fn scores(x: &Chunked) -> Result<Tensor> {
+    match &x.decay {
+        ChunkDecay::Channel { b, .. } => channel_scores(x, b),
+        _ => decayed(x, x.q.f_bmm(&x.k.f_transpose(1, 2)?)?),
+    }
+}
+
+/// From the gradient of the scores' sum over values, `dA = do v^T` `[n G, C, C]`, adds to dq and dk `[n G, C, K]`
+/// what comes from inside the chunk: with a decay from strictly below the diagonal, without one from the diagonal too.
+pub(super) fn add_score_grads(x: &Chunked, d_a: Tensor, dq: &mut Tensor, dk: &mut Tensor) -> Result<()> {
+    match &x.decay {
+        ChunkDecay::Channel { b, .. } => add_channel_grads(x, b, &d_a, dq, dk),
+        _ => {
+            let mut d_a = decayed(x, d_a)?;
+            if !matches!(x.decay, ChunkDecay::None) {
+                d_a.f_tril_(-1)?;
+            }
+            dq.f_baddbmm_(&d_a, &x.k)?;
+            dk.f_baddbmm_(&d_a.f_transpose(1, 2)?, &x.q)?;
+            Ok(())
+        }
+    }
+}
+
+/// `a_ij e^{b_i - b_j}` for j <= i, else 0, in place; `a`: `[n G, C, C]`.
+fn decayed(x: &Chunked, mut a: Tensor) -> Result<Tensor> {
+    let Shape { n, b: batch, h, c, .. } = x.shape;
+    let masked_exp = |difference: Tensor| -> Result<Tensor> {
+        // Masked before the exponential: above the diagonal the difference is positive and may overflow.
+        let above = Tensor::f_ones([c, c], (Kind::Bool, a.device()))?.f_triu(1)?;
+        factor(difference.f_to_kind(x.kind)?.f_masked_fill_(&above, f64::NEG_INFINITY)?, x.kind)
+    };
+    match &x.decay {
+        ChunkDecay::Scalar { constant: Some(g), .. } => {
+            let place = Tensor::f_arange(c, (Kind::Double, a.device()))?;
+            let distance = place.f_unsqueeze(1)?.f_sub(&place.f_unsqueeze(0)?)?;
+            let d = masked_exp(g.f_view([-1, 1, 1])?.f_mul(&distance)?)?; // [H, C, C]
+            a.f_view([n * batch, h, c, c])?.f_mul_(&d)?;
+            Ok(a)
+        }
+        ChunkDecay::Scalar { b, constant: None, .. } => {
+            let d = masked_exp(b.f_unsqueeze(2)?.f_sub(&b.f_unsqueeze(1)?)?)?;
+            Ok(a.f_mul_(&d)?)
+        }
+        _ => Ok(a.f_tril_(0)?),
+    }
+}
+
+/// One level of the halving: blocks of 2 s tokens, each with a left and a right half of s.
+struct Level {
+    s: i64,
+    /// `[blocks, s, K]`: e^{b_i - b_mid} of the right halves and e^{b_mid - b_j} of the left ones; both at most 1.
+    right: Tensor,
+    left: Tensor,
+}
+
+impl Level {
+    fn new(b: &Tensor, s: i64, x: &Chunked) -> Result<Self> {
+        let b = b.f_view([-1, 2 * s, x.shape.dk])?;
+        let middle = b.f_narrow(1, s - 1, 1)?;
+        let right = factor(b.f_narrow(1, s, s)?.f_sub(&middle)?, x.kind)?;
+        let left = factor(middle.f_sub(&b.f_narrow(1, 0, s)?)?, x.kind)?;
+        Ok(Self { s, right, left })
+    }
+
+    /// Half `0` (left) or `1` (right) of every block of `x` `[n G, C, K]`, as a view `[blocks, s, K]`.
+    fn half(&self, x: &Tensor, half: i64) -> Result<Tensor> {
+        let width = x.size()[2];
+        Ok(x.f_view([-1, 2 * self.s, width])?.f_narrow(1, half * self.s, self.s)?)
+    }
+
+    /// The blocks of `a` `[n G, C, C]` with queries in a right half and keys in the left half before it, as a view
+    /// `[n G, C / 2s, s, s]`.
+    fn blocks(&self, a: &Tensor, c: i64) -> Result<Tensor> {
+        let (s, m) = (self.s, c / (2 * self.s));
+        let diagonal = a.f_view([-1, m, 2 * s, m, 2 * s])?.f_diagonal(0, 1, 3)?; // [n G, 2s, 2s, m]
+        Ok(diagonal.f_narrow(1, s, s)?.f_narrow(2, 0, s)?.f_permute([0, 3, 1, 2])?)
+    }
+}
+
+/// Half-lengths C/2, C/4, .., 1.
+fn halvings(c: i64) -> impl Iterator<Item = i64> {
+    std::iter::successors(Some(c / 2), |s| Some(s / 2)).take_while(|s| *s >= 1)
+}
+
+fn channel_scores(x: &Chunked, b: &Tensor) -> Result<Tensor> {
+    let Shape { n, c, .. } = x.shape;
+    let a = Tensor::f_zeros([n * x.shape.g(), c, c], (x.kind, x.q.device()))?;
+    let diagonal = x.q.f_mul(&x.k)?.f_sum_dim_intlist(-1, false, x.kind)?;
+    a.f_diagonal(0, 1, 2)?.f_copy_(&diagonal)?;
+    for s in halvings(c) {
+        let level = Level::new(b, s, x)?;
+        let q = level.half(&x.q, 1)?.f_mul(&level.right)?;
+        let k = level.half(&x.k, 0)?.f_mul(&level.left)?;
+        let mut blocks = level.blocks(&a, c)?;
+        let product = q.f_bmm(&k.f_transpose(1, 2)?)?;
+        blocks.f_copy_(&product.f_view(blocks.size().as_slice())?)?;
+    }
+    Ok(a)
+}
+
+fn add_channel_grads(x: &Chunked, b: &Tensor, d_a: &Tensor, dq: &mut Tensor, dk: &mut Tensor) -> Result<()> {
+    let c = x.shape.c;
+    for s in halvings(c) {
+        let level = Level::new(b, s, x)?;
+        let q = level.half(&x.q, 1)?.f_mul(&level.right)?;
+        let k = level.half(&x.k, 0)?.f_mul(&level.left)?;
+        let blocks = level.blocks(d_a, c)?.f_reshape([-1, s, s])?;
+        level.half(dq, 1)?.f_addcmul_(&blocks.f_bmm(&k)?, &level.right)?;
+        level.half(dk, 0)?.f_addcmul_(&blocks.f_transpose(1, 2)?.f_bmm(&q)?, &level.left)?;
+    }
+    Ok(())
+}
