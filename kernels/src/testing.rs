@@ -2,16 +2,20 @@
 
 use tch::{Kind, Tensor};
 
-/// Root mean square of the error over that of the reference; absolute where the reference is zero. Both in f64 on the CPU.
+fn double(x: &Tensor) -> Tensor {
+    x.to_device(tch::Device::Cpu).to_kind(Kind::Double)
+}
+
+/// Root mean square, in f64; 0 for a tensor without elements.
+pub fn rms(x: &Tensor) -> f64 {
+    let x = double(x);
+    if x.numel() == 0 { 0.0 } else { (&x * &x).mean(Kind::Double).sqrt().double_value(&[]) }
+}
+
+/// RMS of the error over that of the reference; absolute where the reference is zero.
 pub fn relative_rms(ours: &Tensor, reference: &Tensor) -> f64 {
-    let ours = ours.to_device(tch::Device::Cpu).to_kind(Kind::Double);
-    let reference = reference.to_device(tch::Device::Cpu).to_kind(Kind::Double);
-    if reference.numel() == 0 {
-        return 0.0;
-    }
-    let rms = |x: &Tensor| (x * x).mean(Kind::Double).sqrt().double_value(&[]);
-    let scale = rms(&reference);
-    let error = rms(&(ours - reference));
+    let scale = rms(reference);
+    let error = rms(&(double(ours) - double(reference)));
     if scale > 0.0 { error / scale } else { error }
 }
 
@@ -19,14 +23,18 @@ pub fn relative_rms(ours: &Tensor, reference: &Tensor) -> f64 {
 /// The message has the ratio, the maximum error and the index where it is.
 #[track_caller]
 pub fn assert_close(name: &str, ours: &Tensor, reference: &Tensor, tolerance: f64) {
+    assert_close_at(name, ours, reference, rms(reference), tolerance);
+}
+
+/// As [`assert_close`], relative to `scale`: for a part of a tensor that may by itself be all but zero.
+#[track_caller]
+pub fn assert_close_at(name: &str, ours: &Tensor, reference: &Tensor, scale: f64, tolerance: f64) {
     assert_eq!(ours.size(), reference.size(), "{name}: shapes differ (ours, reference)");
     if reference.numel() == 0 {
         return;
     }
-    let ratio = relative_rms(ours, reference);
-    let difference = (ours.to_device(tch::Device::Cpu).to_kind(Kind::Double)
-        - reference.to_device(tch::Device::Cpu).to_kind(Kind::Double))
-    .abs();
+    let difference = (double(ours) - double(reference)).abs();
+    let ratio = rms(&difference) / if scale > 0.0 { scale } else { 1.0 };
     let maximum = difference.max().double_value(&[]);
     let mut flat = difference.flatten(0, -1).argmax(0, false).int64_value(&[]);
     let mut index = vec![0; difference.dim()];

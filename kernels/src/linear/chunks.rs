@@ -176,7 +176,7 @@ impl ChunkDecay {
                 if reverse { (n - 1 - step, n - step, n - 1 - step) } else { (step, step, step + 1) };
             let mut to = states.f_select(0, to)?;
             let from = states.f_select(0, from)?;
-            match &factors {
+            let _ = match &factors {
                 None => to.f_add_(&from)?,
                 Some(factors) => to.f_addcmul_(&from, &factors.f_select(0, chunk)?)?,
             };
@@ -245,7 +245,7 @@ impl Chunked {
         let slots = self.slots()?;
         self.put_edge(&mut slots.f_select(0, 0)?, entry)?;
         let sums = slots.f_narrow(0, 1, self.shape.n)?.f_view(self.flat())?;
-        self.decay.from_end(&self.k)?.f_transpose(1, 2)?.f_bmm_out(&sums, &self.v)?;
+        let _ = self.decay.from_end(&self.k)?.f_transpose(1, 2)?.f_bmm_out(&sums, &self.v)?;
         self.decay.recur(&slots, false)?;
         Ok(slots)
     }
@@ -255,7 +255,7 @@ impl Chunked {
         let slots = self.slots()?;
         self.put_edge(&mut slots.f_select(0, self.shape.n)?, None)?;
         let sums = slots.f_narrow(0, 0, self.shape.n)?.f_view(self.flat())?;
-        self.decay.from_start(&self.q)?.f_transpose(1, 2)?.f_bmm_out(&sums, d_o)?;
+        let _ = self.decay.from_start(&self.q)?.f_transpose(1, 2)?.f_bmm_out(&sums, d_o)?;
         self.decay.recur(&slots, true)?;
         Ok(slots)
     }

@@ -97,7 +97,7 @@ impl ForwardSegment for ForwardChunks {
         let states = self.states()?;
         let x = &self.x;
         let mut o = scores(x)?.f_bmm(&x.v)?;
-        o.f_baddbmm_(&x.decay.from_start(&x.q)?, &x.per_chunk(&states, 0)?)?;
+        let _ = o.f_baddbmm_(&x.decay.from_start(&x.q)?, &x.per_chunk(&states, 0)?)?;
         self.o = Some(o);
         Ok(())
     }
@@ -106,7 +106,7 @@ impl ForwardSegment for ForwardChunks {
         let mut o = self.output()?;
         let x = &self.x;
         let entries = x.decay.spread(&x.shape.flat_state(entry, x.kind)?, &x.shape, false)?;
-        o.f_baddbmm_(&x.decay.from_start(&x.q)?, &entries)?;
+        let _ = o.f_baddbmm_(&x.decay.from_start(&x.q)?, &entries)?;
         Ok(())
     }
 
@@ -188,7 +188,7 @@ impl BackwardSegment for BackwardChunks {
         let through_exit =
             if self.has_decay { Some(self.exit_decay_grad(&x.k.f_mul(&dk)?, &exits, &entries)?) } else { None };
 
-        dv.f_baddbmm_(&scores(x)?.f_transpose(1, 2)?, &self.d_o)?;
+        let _ = dv.f_baddbmm_(&scores(x)?.f_transpose(1, 2)?, &self.d_o)?;
         let d_a = self.d_o.f_bmm(&x.v.f_transpose(1, 2)?)?;
         let Some(through_exit) = through_exit else {
             add_score_grads(x, d_a, &mut dq, &mut dk)?;
@@ -201,8 +201,8 @@ impl BackwardSegment for BackwardChunks {
         add_score_grads(x, d_a, &mut dq, &mut dk_inside)?;
         let db = x.q.f_mul(&dq)?.f_addcmul_(&x.k.f_neg()?, &dk_inside)?;
         let dg = self.over_channels(&db)?.f_flip([1])?.f_cumsum(1, x.kind)?.f_flip([1])?.f_add_(&through_exit)?;
-        dq.f_addcmul_(&itself, &x.k)?;
-        dk.f_add_(&dk_inside)?.f_addcmul_(&itself, &x.q)?;
+        let _ = dq.f_addcmul_(&itself, &x.k)?;
+        let _ = dk.f_add_(&dk_inside)?.f_addcmul_(&itself, &x.q)?;
         self.done = Some(ChunkGrads { dq, dk, dv, dg: Some(dg), entries: Some(entries) });
         Ok(())
     }
@@ -215,11 +215,11 @@ impl BackwardSegment for BackwardChunks {
         let x = &self.x;
         let exits = x.decay.spread(&x.shape.flat_state(exit, x.kind)?, &x.shape, true)?;
         let dk = x.decay.from_end(&x.v.f_bmm(&exits.f_transpose(1, 2)?)?)?;
-        done.dv.f_baddbmm_(&x.decay.from_end(&x.k)?, &exits)?;
+        let _ = done.dv.f_baddbmm_(&x.decay.from_end(&x.k)?, &exits)?;
         if let (Some(dg), Some(entries)) = (&mut done.dg, &done.entries) {
-            dg.f_add_(&self.exit_decay_grad(&x.k.f_mul(&dk)?, &exits, entries)?)?;
+            let _ = dg.f_add_(&self.exit_decay_grad(&x.k.f_mul(&dk)?, &exits, entries)?)?;
         }
-        done.dk.f_add_(&dk)?;
+        let _ = done.dk.f_add_(&dk)?;
         self.done = Some(done);
         Ok(())
     }
@@ -230,7 +230,7 @@ impl BackwardSegment for BackwardChunks {
         }
         let Some(mut done) = self.done else { return Err(Error::Unsupported("no gradients".to_owned())) };
         if self.scale != 1.0 {
-            done.dq.f_mul_scalar_(self.scale)?;
+            let _ = done.dq.f_mul_scalar_(self.scale)?;
         }
         let (shape, kind) = (&self.x.shape, self.kind);
         Ok(Grads {

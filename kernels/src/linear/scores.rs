@@ -26,10 +26,10 @@ pub(super) fn add_score_grads(x: &Chunked, d_a: Tensor, dq: &mut Tensor, dk: &mu
         _ => {
             let mut d_a = decayed(x, d_a)?;
             if !matches!(x.decay, ChunkDecay::None) {
-                d_a.f_tril_(-1)?;
+                let _ = d_a.f_tril_(-1)?;
             }
-            dq.f_baddbmm_(&d_a, &x.k)?;
-            dk.f_baddbmm_(&d_a.f_transpose(1, 2)?, &x.q)?;
+            let _ = dq.f_baddbmm_(&d_a, &x.k)?;
+            let _ = dk.f_baddbmm_(&d_a.f_transpose(1, 2)?, &x.q)?;
             Ok(())
         }
     }
@@ -48,7 +48,7 @@ fn decayed(x: &Chunked, mut a: Tensor) -> Result<Tensor> {
             let place = Tensor::f_arange(c, (Kind::Double, a.device()))?;
             let distance = place.f_unsqueeze(1)?.f_sub(&place.f_unsqueeze(0)?)?;
             let d = masked_exp(g.f_view([-1, 1, 1])?.f_mul(&distance)?)?; // [H, C, C]
-            a.f_view([n * batch, h, c, c])?.f_mul_(&d)?;
+            let _ = a.f_view([n * batch, h, c, c])?.f_mul_(&d)?;
             Ok(a)
         }
         ChunkDecay::Scalar { b, constant: None, .. } => {
@@ -119,8 +119,8 @@ fn add_channel_grads(x: &Chunked, b: &Tensor, d_a: &Tensor, dq: &mut Tensor, dk:
         let q = level.half(&x.q, 1)?.f_mul(&level.right)?;
         let k = level.half(&x.k, 0)?.f_mul(&level.left)?;
         let blocks = level.blocks(d_a, c)?.f_reshape([-1, s, s])?;
-        level.half(dq, 1)?.f_addcmul_(&blocks.f_bmm(&k)?, &level.right)?;
-        level.half(dk, 0)?.f_addcmul_(&blocks.f_transpose(1, 2)?.f_bmm(&q)?, &level.left)?;
+        let _ = level.half(dq, 1)?.f_addcmul_(&blocks.f_bmm(&k)?, &level.right)?;
+        let _ = level.half(dk, 0)?.f_addcmul_(&blocks.f_transpose(1, 2)?.f_bmm(&q)?, &level.left)?;
     }
     Ok(())
 }

@@ -1,0 +1,105 @@
+//! The parity list of algorithms.md, section 7: one operator on one sharded sequence, every rank's outputs and gradients
+//! against the f64 oracle over the whole sequence. The back ends run the same list.
+
+mod linear;
+pub mod mpirun;
+mod softmax;
+
+use anyhow::Result;
+use collectives::Group;
+use kernels::testing::{assert_close_at, rms};
+use runtime::config::LayoutKind;
+use runtime::sequence::{Layout, Plan};
+use tch::{Device, Kind, Tensor};
+
+pub use linear::{LinearCase, linear_cases};
+pub use softmax::{SoftmaxCase, softmax_cases};
+
+pub const LAYOUTS: [LayoutKind; 2] = [LayoutKind::Contiguous, LayoutKind::Zigzag];
+
+/// Sizes of one case. `documents`: lengths of the packed documents, or none for one sequence.
+#[derive(Clone, Debug)]
+pub struct Sizes {
+    pub b: i64,
+    pub tokens: i64,
+    pub h: i64,
+    pub kv_heads: i64,
+    pub dk: i64,
+    pub dv: i64,
+    pub documents: Option<Vec<i64>>,
+}
+
+impl Sizes {
+    pub fn cu_seqlens(&self) -> Option<Vec<i64>> {
+        let lengths = self.documents.as_ref()?;
+        let mut cu = vec![0];
+        for length in lengths {
+            cu.push(cu[cu.len() - 1] + length);
+        }
+        Some(cu)
+    }
+
+    /// Rows of initial and final states.
+    pub fn states(&self) -> i64 {
+        self.documents.as_ref().map_or(self.b, |d| d.len() as i64)
+    }
+}
+
+/// The lengths that must work: odd, shorter than the chunk, fewer tokens than ranks; batches; packed documents that cross
+/// ranks, fill several, end at a shard's edge, or are empty.
+pub fn sizes() -> Vec<Sizes> {
+    let whole = |b, tokens, dk, dv| Sizes { b, tokens, h: 4, kv_heads: 4, dk, dv, documents: None };
+    let packed = |lengths: &[i64]| Sizes {
+        documents: Some(lengths.to_vec()),
+        ..whole(1, lengths.iter().sum(), 12, 7)
+    };
+    vec![
+        whole(2, 67, 12, 7),
+        whole(1, 128, 16, 16),
+        whole(1, 5, 3, 9),
+        packed(&[67]),
+        packed(&[3, 40, 1, 0, 25, 20, 7]),
+        packed(&[16, 16, 16, 16]),
+        packed(&[90, 3]),
+        packed(&[1; 11]),
+    ]
+}
+
+/// Normal numbers that depend on `seed` alone, the same on every rank and in every process.
+pub fn randn(seed: u64, shape: &[i64]) -> Tensor {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
+    let mut uniform = move || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    };
+    let count = shape.iter().product::<i64>();
+    let numbers: Vec<f64> = (0..count)
+        .map(|_| (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos())
+        .collect();
+    Tensor::from_slice(&numbers).reshape(shape)
+}
+
+pub fn plan(group: &Group, sizes: &Sizes, layout: LayoutKind) -> Result<Plan> {
+    let layout = Layout::new(layout, sizes.tokens, group.size())?;
+    Ok(Plan::new(layout, sizes.cu_seqlens().as_deref(), group.rank())?)
+}
+
+/// Compares this rank's tokens with those of the whole. What is zero but for rounding, as dq of a document's first token under
+/// softmax, is held against a hundredth of the whole's RMS, and against 1e-4, as inputs are of order 1.
+pub fn close(name: &str, plan: &Plan, ours: &Tensor, whole: &Tensor, tolerance: f64) -> Result<()> {
+    let reference = plan.layout.shard(whole, 1, plan.rank)?;
+    assert_close_at(name, ours, &reference, rms(&reference).max(0.01 * rms(whole)).max(1e-4), tolerance);
+    Ok(())
+}
+
+pub fn tolerance(kind: Kind) -> f64 {
+    if kind == Kind::Double { 1e-10 } else { 1e-5 }
+}
+
+/// A leaf of the autograd graph.
+pub fn leaf(x: &Tensor) -> Tensor {
+    x.detach().copy().to_device(Device::Cpu).set_requires_grad(true)
+}
