@@ -49,10 +49,7 @@ impl Sizes {
 /// ranks, fill several, end at a shard's edge, or are empty.
 pub fn sizes() -> Vec<Sizes> {
     let whole = |b, tokens, dk, dv| Sizes { b, tokens, h: 4, kv_heads: 4, dk, dv, documents: None };
-    let packed = |lengths: &[i64]| Sizes {
-        documents: Some(lengths.to_vec()),
-        ..whole(1, lengths.iter().sum(), 12, 7)
-    };
+    let packed = |lengths: &[i64]| Sizes { documents: Some(lengths.to_vec()), ..whole(1, lengths.iter().sum(), 12, 7) };
     vec![
         whole(2, 67, 12, 7),
         whole(1, 128, 16, 16),
@@ -87,11 +84,11 @@ pub fn plan(group: &Group, sizes: &Sizes, layout: LayoutKind) -> Result<Plan> {
     Ok(Plan::new(layout, sizes.cu_seqlens().as_deref(), group.rank())?)
 }
 
-/// Compares this rank's tokens with those of the whole. What is zero but for rounding, as dq of a document's first token under
-/// softmax, is held against a hundredth of the whole's RMS, and against 1e-4, as inputs are of order 1.
-pub fn close(name: &str, plan: &Plan, ours: &Tensor, whole: &Tensor, tolerance: f64) -> Result<()> {
+/// Compares this rank's tokens with those of the whole. A share that is zero but for rounding is held against a hundredth of
+/// the whole's RMS; where the whole may be zero too, against `floor`.
+pub fn close(name: &str, plan: &Plan, ours: &Tensor, whole: &Tensor, floor: f64, tolerance: f64) -> Result<()> {
     let reference = plan.layout.shard(whole, 1, plan.rank)?;
-    assert_close_at(name, ours, &reference, rms(&reference).max(0.01 * rms(whole)).max(1e-4), tolerance);
+    assert_close_at(name, ours, &reference, rms(&reference).max(0.01 * rms(whole)).max(floor), tolerance);
     Ok(())
 }
 

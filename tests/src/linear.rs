@@ -165,10 +165,10 @@ impl LinearCase {
             }
         }
         (final_state, d_initial) = (final_state.to_kind(self.kind), d_initial.to_kind(self.kind));
-        close(&name("o"), &plan, &o, &truth.o, tolerance)?;
-        close(&name("dq"), &plan, &grads.dq, &true_grads.dq, tolerance)?;
-        close(&name("dk"), &plan, &grads.dk, &true_grads.dk, tolerance)?;
-        close(&name("dv"), &plan, &grads.dv, &true_grads.dv, tolerance)?;
+        close(&name("o"), &plan, &o, &truth.o, 0.0, tolerance)?;
+        close(&name("dq"), &plan, &grads.dq, &true_grads.dq, 0.0, tolerance)?;
+        close(&name("dk"), &plan, &grads.dk, &true_grads.dk, 0.0, tolerance)?;
+        close(&name("dv"), &plan, &grads.dv, &true_grads.dv, 0.0, tolerance)?;
         assert_close(&name("final_state"), &final_state, &truth.final_state, tolerance);
         assert_close(&name("dinitial_state"), &d_initial, &true_grads.dinitial_state, tolerance);
         match (&x.decay, &grads.dlog_decay) {
@@ -178,7 +178,7 @@ impl LinearCase {
                 assert_close(&name("dlog_decay"), &sum, true_grads.dlog_decay.as_ref().unwrap(), tolerance);
             }
             (_, Some(dg)) => {
-                close(&name("dlog_decay"), &plan, dg, true_grads.dlog_decay.as_ref().unwrap(), tolerance)?;
+                close(&name("dlog_decay"), &plan, dg, true_grads.dlog_decay.as_ref().unwrap(), 0.0, tolerance)?;
             }
             _ => panic!("{}", name("dlog_decay is missing")),
         }
@@ -186,11 +186,11 @@ impl LinearCase {
             let (q, k, v) = (leaf(&q), leaf(&k), leaf(&v));
             let log_decay = log_decay.as_ref().map(leaf);
             let o = linear_attention(&shard, &mixer, &q, &k, &v, log_decay.as_ref())?;
-            close(&name("o of the node"), &plan, &o, &truth.o, tolerance)?;
+            close(&name("o of the node"), &plan, &o, &truth.o, 0.0, tolerance)?;
             kernels::bridge::backward(&o, &d_o)?;
-            close(&name("dq of the node"), &plan, &q.grad(), &true_grads.dq, tolerance)?;
-            close(&name("dk of the node"), &plan, &k.grad(), &true_grads.dk, tolerance)?;
-            close(&name("dv of the node"), &plan, &v.grad(), &true_grads.dv, tolerance)?;
+            close(&name("dq of the node"), &plan, &q.grad(), &true_grads.dq, 0.0, tolerance)?;
+            close(&name("dk of the node"), &plan, &k.grad(), &true_grads.dk, 0.0, tolerance)?;
+            close(&name("dv of the node"), &plan, &v.grad(), &true_grads.dv, 0.0, tolerance)?;
         }
         Ok(())
     }

@@ -22,5 +22,10 @@ pub fn inside() -> bool {
 
 /// Whether there is an mpirun to start.
 pub fn available() -> bool {
-    Command::new("mpirun").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
+    Command::new("mpirun")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|s| s.success())
 }

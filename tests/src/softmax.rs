@@ -13,6 +13,8 @@ use tch::{Kind, Tensor};
 use crate::{LAYOUTS, Sizes, close, leaf, plan, randn, sizes, tolerance};
 
 const SCALE: f64 = 0.3;
+/// A token that sees only itself has dq = dk = 0 but for rounding, and inputs are of order 1.
+const FLOOR: f64 = 0.01;
 
 pub struct SoftmaxCase {
     pub name: String,
@@ -86,15 +88,15 @@ impl SoftmaxCase {
                 ("dk", &grads.dk, &truth[2]),
                 ("dv", &grads.dv, &truth[3]),
             ] {
-                close(&name(what), &plan, ours, truth, tolerance)?;
+                close(&name(what), &plan, ours, truth, FLOOR, tolerance)?;
             }
             if self.causal {
                 let (q, k, v) = (leaf(&q), leaf(&k), leaf(&v));
                 let o = softmax_attention(&shard, &q, &k, &v, SCALE)?;
                 kernels::bridge::backward(&o, &d_o)?;
-                close(&name("dq of the node"), &plan, &q.grad(), &truth[1], tolerance)?;
-                close(&name("dk of the node"), &plan, &k.grad(), &truth[2], tolerance)?;
-                close(&name("dv of the node"), &plan, &v.grad(), &truth[3], tolerance)?;
+                close(&name("dq of the node"), &plan, &q.grad(), &truth[1], FLOOR, tolerance)?;
+                close(&name("dk of the node"), &plan, &k.grad(), &truth[2], FLOOR, tolerance)?;
+                close(&name("dv of the node"), &plan, &v.grad(), &truth[3], FLOOR, tolerance)?;
             }
         }
         Ok(())
