@@ -18,10 +18,7 @@ pub use sections::{
     ParallelConfig, SampleConfig, TrainConfig,
 };
 
-/// What `parallel.linear_method` may be.
-pub const LINEAR_METHODS: &[&str] = &["lasp2"];
-/// What `parallel.softmax_method` may be.
-pub const SOFTMAX_METHODS: &[&str] = &["lasp2h"];
+pub use crate::sequence::method::{ATTENTIONS as SOFTMAX_METHODS, SCANS as LINEAR_METHODS};
 
 /// A validated configuration.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -11,6 +11,7 @@ mod source;
 pub use corpus::{Corpus, SEPARATOR, Split};
 pub use error::{Error, Result};
 pub use permutation::Permutation;
+pub(crate) use permutation::mix;
 pub use prepare::{PrepareOptions, Summary, prepare};
 pub use sequence::{IGNORE_INDEX, Sequence};
 pub use source::{RandomSource, Sampler, Source};

@@ -8,6 +8,7 @@ mod error;
 mod layout;
 pub mod linear;
 pub mod linear_full;
+pub mod method;
 mod plan;
 pub mod scan;
 

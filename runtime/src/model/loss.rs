@@ -1,0 +1,98 @@
+//! The output projection and the cross-entropy as one node: the logits exist for one chunk of tokens at a time, and their
+//! gradient is taken while they do. Memory of `[T, vocab]` would exceed that of the rest for a vocabulary of 128,256.
+
+use tch::{Kind, Reduction, Tensor};
+
+use super::Result;
+use crate::data::IGNORE_INDEX;
+
+/// Logits of one chunk, in numbers.
+const CHUNK: i64 = 1 << 22;
+
+/// `sum_i -log softmax(h_i W^T)[label_i]` over the labels that are not [`IGNORE_INDEX`]; scalar in f32, or f64 for f64.
+///
+/// hidden `[B, T, D]`, weight `[vocab, D]`, labels `[B, T]` i64. Logits, sums and the gradient of the weight are kept in
+/// the kind of the result.
+pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let kind = kernels::linear::accumulation_kind(hidden.kind());
+    let (loss, grads) = {
+        let with_grad = hidden.requires_grad();
+        let _guard = tch::no_grad_guard();
+        forward(hidden, weight, labels, kind, with_grad)?
+    };
+    if let Some((d_hidden, d_weight)) = grads {
+        kernels::bridge::attach(&[hidden, weight], &[&loss], move |mut grads: Vec<Option<Tensor>>| {
+            let Some(grad) = grads.swap_remove(0) else { return Ok(vec![None, None]) };
+            let times = |x: Tensor| -> kernels::Result<Tensor> { Ok(x.f_mul(&grad.f_to_kind(x.kind())?)?) };
+            Ok(vec![Some(times(d_hidden)?), Some(times(d_weight)?)])
+        })?;
+    }
+    Ok(loss)
+}
+
+type Grads = Option<(Tensor, Tensor)>;
+
+fn forward(hidden: &Tensor, weight: &Tensor, labels: &Tensor, kind: Kind, with_grad: bool) -> Result<(Tensor, Grads)> {
+    let (vocab, d) = weight.size2()?;
+    let rows = hidden.f_reshape([-1, d])?;
+    let labels = labels.f_reshape([-1])?;
+    let count = rows.size()[0];
+    let step = (CHUNK / vocab).clamp(1, count.max(1));
+    let mut loss = Tensor::f_zeros([], (kind, hidden.device()))?;
+    let grads = if with_grad {
+        let sum = Tensor::f_zeros([vocab, d], (kind, hidden.device()))?;
+        Some((rows.f_zeros_like()?, sum))
+    } else {
+        None
+    };
+    for start in (0..count).step_by(step as usize) {
+        let length = step.min(count - start);
+        let (h, labels) = (rows.f_narrow(0, start, length)?, labels.f_narrow(0, start, length)?);
+        let logs = h.f_linear(weight, None::<&Tensor>)?.f_log_softmax(-1, kind)?; // [chunk, vocab]
+        let nll = logs.f_nll_loss(&labels, None::<&Tensor>, Reduction::Sum, IGNORE_INDEX)?;
+        let _ = loss.f_add_(&nll)?;
+        if let Some((d_hidden, d_weight)) = &grads {
+            // d logits = softmax - one_hot(label), and 0 where there is no label.
+            let counted = labels.f_ne(IGNORE_INDEX)?;
+            let mut d_logits = logs.f_exp()?;
+            let minus = counted.f_to_kind(kind)?.f_neg()?.f_unsqueeze(1)?;
+            let _ = d_logits.f_scatter_add_(1, &labels.f_clamp_min(0)?.f_unsqueeze(1)?, &minus)?;
+            let _ = d_logits.f_mul_(&counted.f_to_kind(kind)?.f_unsqueeze(1)?)?;
+            d_hidden.f_narrow(0, start, length)?.f_copy_(&d_logits.f_to_kind(weight.kind())?.f_matmul(weight)?)?;
+            let _ = d_weight.shallow_clone().f_addmm_(&d_logits.f_transpose(0, 1)?, &h.f_to_kind(kind)?)?;
+        }
+    }
+    let grads = match grads {
+        Some((d_hidden, d_weight)) => {
+            Some((d_hidden.f_view(hidden.size().as_slice())?, d_weight.f_to_kind(weight.kind())?))
+        }
+        None => None,
+    };
+    Ok((loss, grads))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kernels::testing::assert_close;
+    use tch::Device;
+
+    #[test]
+    fn equals_the_plain_loss_and_its_gradients() {
+        let options = (Kind::Double, Device::Cpu);
+        let leaf = |shape: &[i64]| Tensor::randn(shape, options).set_requires_grad(true);
+        let (h, w) = (leaf(&[2, 7, 5]), leaf(&[11, 5]));
+        let labels = Tensor::randint(11, [2, 7], (Kind::Int64, Device::Cpu));
+        let _ = labels.narrow(1, 3, 1).fill_(IGNORE_INDEX);
+        let loss = linear_cross_entropy(&h, &w, &labels).unwrap();
+        (&loss * 0.3).backward();
+        let (ours_h, ours_w) = (h.grad().copy(), w.grad().copy());
+        let (h2, w2) = (h.detach().copy().set_requires_grad(true), w.detach().copy().set_requires_grad(true));
+        let logs = h2.reshape([-1, 5]).matmul(&w2.tr()).log_softmax(-1, Kind::Double);
+        let plain = logs.g_nll_loss(&labels.reshape([-1]), None::<&Tensor>, Reduction::Sum, IGNORE_INDEX);
+        (&plain * 0.3).backward();
+        assert_close("loss", &loss, &plain, 1e-12);
+        assert_close("d hidden", &ours_h, &h2.grad(), 1e-12);
+        assert_close("d weight", &ours_w, &w2.grad(), 1e-12);
+    }
+}

@@ -1,0 +1,166 @@
+//! Training, from a configuration to a run folder. Read [`run`] for the life of a run and [`step`] for one step of it.
+//!
+//! The losses are a function of (configuration, seed) alone: how many ranks share a sequence, and whether they are threads
+//! or processes, changes nothing but rounding.
+
+pub mod optimizer;
+mod run_folder;
+pub mod schedule;
+mod step;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use collectives::{Group, Mesh, Reduce};
+use tch::{Kind, Tensor};
+
+use crate::config::Config;
+use crate::data::Source;
+use crate::metrics::{self, StepRecord};
+use crate::{checkpoint, config, data, generate, model, report, sequence};
+use run_folder::RunFolder;
+pub use step::{StepOutcome, Trainer};
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "step {step}: the {what} is {value}; lower optimizer.lr or optimizer.clip, or resume from an earlier checkpoint"
+    )]
+    NotFinite { step: u64, what: &'static str, value: f64 },
+    #[error("--resume: {} holds no checkpoint; train without --resume", .0.display())]
+    NothingToResume(PathBuf),
+    #[error("{} holds an earlier run; go on with it by --resume, or choose another --run-dir", .0.display())]
+    Occupied(PathBuf),
+    #[error("--resume: {key} was {was} when the checkpoint was written and is {is} now; it must stay as it was")]
+    Changed { key: &'static str, was: String, is: String },
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error(transparent)]
+    Data(#[from] data::Error),
+    #[error(transparent)]
+    Model(#[from] model::Error),
+    #[error(transparent)]
+    Sequence(#[from] sequence::Error),
+    #[error(transparent)]
+    Kernels(#[from] kernels::Error),
+    #[error(transparent)]
+    Collectives(#[from] collectives::Error),
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    #[error(transparent)]
+    Metrics(#[from] metrics::Error),
+    #[error(transparent)]
+    Report(#[from] report::Error),
+    #[error(transparent)]
+    Generate(#[from] Box<generate::Error>),
+    #[error(transparent)]
+    Tch(#[from] tch::TchError),
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Go on from the newest checkpoint of the run folder.
+    pub resume: bool,
+    /// Print to standard output, on rank 0.
+    pub console: bool,
+}
+
+/// Where a run ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    pub steps: u64,
+    /// Training loss of the last step, nats a token.
+    pub loss: f64,
+    pub val_loss: Option<f64>,
+}
+
+/// Trains as `config` says, on all ranks of `world`; the mesh in it must be resolved ([`Config::resolve_ranks`]). Rank 0
+/// alone writes `run_dir`: the resolved config, `metrics.jsonl`, checkpoints, `report.html`.
+pub fn run(world: Group, config: Config, run_dir: &Path, options: Options) -> Result<Outcome> {
+    let mesh = Mesh::new(world, config.parallel.dp, config.parallel.sp)?;
+    let (source, validation) = Source::open(&config)?;
+    let mut trainer = Trainer::new(mesh, config, source, validation)?;
+    if options.resume {
+        let path = checkpoint::latest(run_dir)?.ok_or_else(|| Error::NothingToResume(run_dir.to_owned()))?;
+        trainer.load(checkpoint::load(&path, tch::Device::Cpu)?)?;
+    }
+    let writes = trainer.mesh.world.rank() == 0;
+    let folder = writes.then(|| RunFolder::open(run_dir, &trainer, options)).transpose()?;
+    Life { trainer, folder, options, started: Instant::now() }.live()
+}
+
+/// One run on one rank; `folder` is there on rank 0 only.
+struct Life {
+    trainer: Trainer,
+    folder: Option<RunFolder>,
+    options: Options,
+    started: Instant,
+}
+
+impl Life {
+    fn live(mut self) -> Result<Outcome> {
+        let config = self.trainer.config.clone();
+        let (train, every) = (&config.train, |n: u64, step: u64| n > 0 && step.is_multiple_of(n));
+        let mut outcome = Outcome { steps: self.trainer.steps_done, loss: f64::NAN, val_loss: None };
+        let mut saved_at = self.options.resume.then_some(self.trainer.steps_done);
+        while self.trainer.steps_done < train.steps {
+            let before = Instant::now();
+            let step = self.trainer.step(self.out_of_time())?;
+            let step_ms = before.elapsed().as_secs_f64() * 1e3;
+            let done = self.trainer.steps_done;
+            let last = done == train.steps || step.out_of_time;
+            outcome.val_loss = if last || every(train.validate_every, done) { self.trainer.validate()? } else { None };
+            (outcome.steps, outcome.loss) = (done, step.loss);
+            let tokens_per_step = (train.batch * train.seq_len) as f64;
+            let record = StepRecord {
+                step: done,
+                loss: step.loss,
+                grad_norm: step.grad_norm,
+                lr: step.lr,
+                tokens: self.trainer.tokens(),
+                tokens_per_s: tokens_per_step / step_ms * 1e3,
+                exposed_comm_pct: 100.0 * step.exposed_ms / step_ms,
+                step_ms,
+                val_loss: outcome.val_loss,
+            };
+            self.on_rank_zero(|folder, _| folder.record(&record, last || every(train.log_every, done)))?;
+            if last || every(config.checkpoint.every, done) {
+                self.on_rank_zero(|folder, trainer| folder.save(trainer, record.val_loss))?;
+                saved_at = Some(done);
+            }
+            if last {
+                break;
+            }
+        }
+        if saved_at != Some(self.trainer.steps_done) {
+            self.on_rank_zero(|folder, trainer| folder.save(trainer, None))?;
+        }
+        self.on_rank_zero(|folder, trainer| folder.close(trainer))?;
+        Ok(outcome)
+    }
+
+    /// Rank 0's clock decides; the step tells the others.
+    fn out_of_time(&self) -> bool {
+        let minutes = self.trainer.config.train.minutes;
+        self.folder.is_some() && minutes > 0.0 && self.started.elapsed().as_secs_f64() >= 60.0 * minutes
+    }
+
+    /// Lets rank 0 write while the others go on; its failure ends the job.
+    fn on_rank_zero(&mut self, work: impl FnOnce(&mut RunFolder, &Trainer) -> Result<()>) -> Result<()> {
+        match &mut self.folder {
+            Some(folder) => work(folder, &self.trainer),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Sums numbers over the ranks of a group.
+fn sum(group: &Group, numbers: &[f64]) -> Result<Vec<f64>> {
+    let mine = Tensor::f_from_slice(numbers)?.f_to_kind(Kind::Double)?;
+    let all = group.all_reduce(&mine, Reduce::Sum)?.wait()?;
+    Ok((0..numbers.len() as i64).map(|i| all.double_value(&[i])).collect())
+}

@@ -1,0 +1,179 @@
+//! One training step, top down: the sequences of this step, their shards, forward, backward, the sum of all gradients, the
+//! update.
+
+use std::sync::Arc;
+
+use collectives::{Mesh, Reduce};
+use tch::{Device, Kind, Tensor};
+
+use super::optimizer::AdamW;
+use super::schedule::learning_rate;
+use super::{Error, Result, sum};
+use crate::checkpoint::{Loaded, TrainState};
+use crate::config::Config;
+use crate::data::{IGNORE_INDEX, Sequence, Source};
+use crate::model::{Context, Model};
+use crate::sequence::{Layout, Plan, Shard, method};
+
+/// Everything that a rank trains with.
+pub struct Trainer {
+    pub mesh: Mesh,
+    pub config: Config,
+    pub model: Model,
+    pub optimizer: AdamW,
+    pub steps_done: u64,
+    source: Source,
+    validation: Option<Source>,
+    device: Device,
+}
+
+/// What is known after a step, the same on every rank.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepOutcome {
+    /// Nats a token.
+    pub loss: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    pub lr: f64,
+    /// How long a rank waited for communication, mean over ranks, in milliseconds.
+    pub exposed_ms: f64,
+    /// Rank 0 said before this step that the time is up.
+    pub out_of_time: bool,
+}
+
+impl Trainer {
+    /// Collective over `mesh.world`. The validation source may be missing.
+    pub fn new(mesh: Mesh, config: Config, source: Source, validation: Option<Source>) -> Result<Self> {
+        let (kind, device) = (config.train.dtype.kind(), Device::Cpu);
+        let model = Model::new(&config.model, kind, config.train.seed, device)?;
+        let optimizer = AdamW::new(config.optimizer.clone(), &model.params)?;
+        Ok(Self { mesh, config, model, optimizer, steps_done: 0, source, validation, device })
+    }
+
+    /// Tokens seen so far, over all ranks.
+    pub fn tokens(&self) -> u64 {
+        self.steps_done * (self.config.train.batch * self.config.train.seq_len) as u64
+    }
+
+    /// One optimizer step. `out_of_time` is what this rank knows; the outcome says what rank 0 knew.
+    pub fn step(&mut self, out_of_time: bool) -> Result<StepOutcome> {
+        let (step, train) = (self.steps_done + 1, self.config.train.clone());
+        let waited = self.mesh.world.recorder().totals().exposed_ns;
+        let expected = (train.batch * train.seq_len) as f64;
+
+        // Gradients of the sum of all losses, over the number of labels that a step normally has.
+        let mut grad = Tensor::f_zeros([self.model.params.numel()], (self.optimizer.kind(), self.device))?;
+        let (mut loss_sum, mut labels) = (0.0, 0.0);
+        for sequences in self.my_sequences()?.chunks(train.micro_batch) {
+            let (loss, counted) = self.loss(sequences, train.activation_checkpointing)?;
+            let seed = loss.f_ones_like()?.f_mul_scalar(1.0 / expected)?;
+            kernels::bridge::backward(&loss, &seed)?;
+            self.model.params.take_grads(&grad)?;
+            loss_sum += loss.double_value(&[]);
+            labels += counted;
+        }
+
+        let summed = self.mesh.world.all_reduce(&grad, Reduce::Sum)?;
+        let waited_ms = (self.mesh.world.recorder().totals().exposed_ns - waited) as f64 / 1e6;
+        let all = sum(&self.mesh.world, &[loss_sum, labels, waited_ms, f64::from(u8::from(out_of_time))])?;
+        let before_sum = std::time::Instant::now();
+        grad = summed.wait()?;
+        let sum_ms = before_sum.elapsed().as_secs_f64() * 1e3;
+        let (loss, labels) = (all[0] / all[1], all[1]);
+        finite(step, "training loss", loss)?;
+        if labels != expected {
+            let _ = grad.f_mul_scalar_(expected / labels)?;
+        }
+        let lr = learning_rate(&self.config.optimizer, step, train.steps);
+        let grad_norm = self.optimizer.step(&mut self.model.params, &mut grad, lr, step)?;
+        finite(step, "norm of the gradient", grad_norm)?;
+        self.steps_done = step;
+        let exposed_ms = all[2] / self.mesh.world.size() as f64 + sum_ms;
+        Ok(StepOutcome { loss, grad_norm, lr, exposed_ms, out_of_time: all[3] > 0.0 })
+    }
+
+    /// Mean loss over the validation sequences, nats a token; `None` without validation data.
+    pub fn validate(&self) -> Result<Option<f64>> {
+        let Some(validation) = &self.validation else { return Ok(None) };
+        let _guard = tch::no_grad_guard();
+        let wanted = self.config.train.validate_sequences as u64;
+        let count = validation.windows().map_or(wanted, |windows| windows.min(wanted));
+        let (mut loss_sum, mut labels) = (0.0, 0.0);
+        for index in (0..count).skip(self.mesh.dp.rank()).step_by(self.mesh.dp.size()) {
+            let (loss, counted) = self.loss(&[validation.sequence(index)], false)?;
+            loss_sum += loss.double_value(&[]);
+            labels += counted;
+        }
+        let all = sum(&self.mesh.world, &[loss_sum, labels])?;
+        finite(self.steps_done, "validation loss", all[0] / all[1])?;
+        Ok(Some(all[0] / all[1]))
+    }
+
+    /// The sequences of the coming step that belong to this rank's dp group.
+    fn my_sequences(&self) -> Result<Vec<Sequence>> {
+        let batch = self.config.train.batch;
+        let mine = batch / self.mesh.dp.size();
+        let first = self.steps_done * batch as u64 + (self.mesh.dp.rank() * mine) as u64;
+        Ok((first..first + mine as u64).map(|index| self.source.sequence(index)).collect())
+    }
+
+    /// The sum of the losses of this rank's tokens of some sequences of equal length, and how many labels they have.
+    /// Several sequences make a batch only where none has documents inside.
+    fn loss(&self, sequences: &[Sequence], checkpoint: bool) -> Result<(Tensor, f64)> {
+        let Some(first) = sequences.first() else { return Ok((Tensor::from(0.0), 0.0)) };
+        let layout = Layout::new(self.config.parallel.layout, first.inputs().len() as i64, self.mesh.sp.size())?;
+        let plan = Plan::new(layout, Some(&first.cu_seqlens), self.mesh.sp.rank())?;
+        let mine = |of: fn(&Sequence) -> &[i64]| -> Result<Tensor> {
+            let rows =
+                sequences.iter().map(|s| Tensor::f_from_slice(of(s))).collect::<std::result::Result<Vec<_>, _>>()?;
+            Ok(plan.layout.shard(&Tensor::f_stack(&rows, 0)?, 1, plan.rank)?.f_to_device(self.device)?)
+        };
+        let (tokens, labels) = (mine(Sequence::inputs)?, mine(Sequence::labels)?);
+        let shard = Arc::new(Shard {
+            group: self.mesh.sp.clone(),
+            plan,
+            scan: method::scan(&self.config.parallel.linear_method)?,
+            attention: method::attention(&self.config.parallel.softmax_method)?,
+        });
+        let model = &self.config.model;
+        let kind = self.config.train.dtype.kind();
+        let context = Context::new(shard, model.head_dim(), model.rope_base, kind, self.device)?;
+        let hidden = self.model.forward(&context, &tokens, checkpoint)?;
+        let counted = labels.f_ne(IGNORE_INDEX)?.f_sum(Kind::Double)?.double_value(&[]);
+        Ok((self.model.loss(&hidden, &labels)?, counted))
+    }
+
+    /// Where training stands, for a checkpoint.
+    pub fn state(&self) -> Result<TrainState> {
+        Ok(TrainState {
+            step: self.steps_done,
+            tokens: self.tokens(),
+            sequences: self.steps_done * self.config.train.batch as u64,
+            config_toml: self.config.to_toml()?,
+            ..TrainState::default()
+        })
+    }
+
+    /// Goes on from a checkpoint. What the parameters and the order of the data depend on must be as it was.
+    pub fn load(&mut self, loaded: Loaded) -> Result<()> {
+        let was = Config::from_toml_str(&loaded.state.config_toml, "the checkpoint's config", &[])?;
+        let is = &self.config;
+        let same = |key: &'static str, was: String, is: String| {
+            if was == is { Ok(()) } else { Err(Error::Changed { key, was, is }) }
+        };
+        same("[model]", format!("{:?}", was.model), format!("{:?}", is.model))?;
+        same("train.batch", was.train.batch.to_string(), is.train.batch.to_string())?;
+        same("train.seq_len", was.train.seq_len.to_string(), is.train.seq_len.to_string())?;
+        same("train.seed", was.train.seed.to_string(), is.train.seed.to_string())?;
+        same("train.dtype", format!("{:?}", was.train.dtype), format!("{:?}", is.train.dtype))?;
+        let params = &self.model.params;
+        params.fill(&params.flat, |name| loaded.model.get(name).map(Tensor::shallow_clone))?;
+        self.optimizer.load(params, |name| loaded.optimizer.get(name).map(Tensor::shallow_clone))?;
+        self.steps_done = loaded.state.step;
+        Ok(())
+    }
+}
+
+fn finite(step: u64, what: &'static str, value: f64) -> Result<()> {
+    if value.is_finite() { Ok(()) } else { Err(Error::NotFinite { step, what, value }) }
+}

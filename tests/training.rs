@@ -1,0 +1,176 @@
+//! Training is a function of (configuration, seed): not of how many ranks share a sequence, nor of the layout; and a
+//! resumed run is the run that was never interrupted, bit for bit.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use collectives::local;
+use kernels::testing::assert_close;
+use runtime::config::Config;
+use runtime::data::{PrepareOptions, prepare};
+use runtime::generate::Decoder;
+use runtime::metrics::{self, StepRecord};
+use runtime::model::{Context, Model};
+use runtime::sequence::{Layout, Plan, Shard, method};
+use runtime::train::{Options, run};
+use tch::{Device, Kind, Tensor};
+
+/// Small documents of a made-up language, so that sequences hold several of them.
+fn corpus(folder: &Path) -> Result<PathBuf> {
+    let texts = folder.join("texts");
+    std::fs::create_dir_all(&texts)?;
+    for i in 0..60usize {
+        let line = |j: usize| format!("def f{}(x): return x * {} + {}\n", (i * 7 + j) % 13, j % 9, i % 5);
+        std::fs::write(texts.join(format!("{i:02}.py")), (0..1 + i % 6).map(line).collect::<String>())?;
+    }
+    let out = folder.join("corpus.bin");
+    prepare(&[texts], None, &out, &PrepareOptions::default(), false)?;
+    Ok(out)
+}
+
+fn config(corpus: &Path, settings: &[&str], ranks: usize) -> Result<Config> {
+    let text = format!(
+        "[model]\ndim = 32\nlayers = 4\nheads = 4\nkv_heads = 2\nchunk = 16\n\
+         [train]\nsteps = 20\nseq_len = 101\nbatch = 2\nvalidate_sequences = 2\n[optimizer]\nwarmup_steps = 3\n\
+         [data]\npath = {corpus:?}\nvalidation_fraction = 0.1\n"
+    );
+    let settings: Vec<String> = settings.iter().map(|s| (*s).to_owned()).collect();
+    let mut config = Config::from_toml_str(&text, "test", &settings)?;
+    config.resolve_ranks(ranks)?;
+    Ok(config)
+}
+
+fn train(run_dir: &Path, config: &Config, ranks: usize, resume: bool) -> Result<Vec<StepRecord>> {
+    tch::set_num_threads(1);
+    local::run(ranks, |world| -> Result<()> {
+        run(world, config.clone(), run_dir, Options { resume, console: false })?;
+        Ok(())
+    })?;
+    Ok(metrics::read(run_dir)?)
+}
+
+fn worst(ours: &[StepRecord], theirs: &[StepRecord]) -> f64 {
+    assert_eq!(ours.len(), theirs.len());
+    let difference = |a: f64, b: f64| ((a - b) / b).abs();
+    let pairs = ours.iter().zip(theirs);
+    pairs
+        .map(|(a, b)| {
+            let val = match (a.val_loss, b.val_loss) {
+                (Some(a), Some(b)) => difference(a, b),
+                (None, None) => 0.0,
+                _ => f64::INFINITY,
+            };
+            difference(a.loss, b.loss).max(val)
+        })
+        .fold(0.0, f64::max)
+}
+
+#[test]
+fn losses_do_not_depend_on_the_ranks() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let corpus = corpus(folder.path())?;
+    for decay in ["none", "lightning", "retention", "token", "channel"] {
+        for (dtype, tolerance) in [("f64", 1e-9), ("f32", 1e-4)] {
+            let (decay, dtype) = (format!("model.decay={decay}"), format!("train.dtype={dtype}"));
+            let with = |more: &[&'static str], ranks: usize| -> Result<Vec<StepRecord>> {
+                let settings: Vec<&str> =
+                    [decay.as_str(), dtype.as_str()].into_iter().chain(more.iter().copied()).collect();
+                train(tempfile::tempdir_in(&folder)?.path(), &config(&corpus, &settings, ranks)?, ranks, false)
+            };
+            let alone = with(&[], 1)?;
+            assert!(alone[19].loss < alone[0].loss - 0.5, "it learns: {} to {}", alone[0].loss, alone[19].loss);
+            for (settings, ranks) in [
+                (&["parallel.sp=2"][..], 2),
+                (&["parallel.sp=4", "parallel.layout=zigzag"], 4),
+                (&["parallel.sp=2", "parallel.dp=2", "parallel.layout=zigzag"], 4),
+                (&["parallel.sp=1", "parallel.dp=2", "train.activation_checkpointing=true"], 2),
+                (&["parallel.sp=2", "train.activation_checkpointing=true"], 2),
+            ] {
+                let error = worst(&with(settings, ranks)?, &alone);
+                assert!(error <= tolerance, "{decay} {dtype} {settings:?}: losses differ by {error:.1e}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_resumed_run_is_the_run_that_was_not_interrupted() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let corpus = corpus(folder.path())?;
+    for dtype in ["f32", "bf16"] {
+        let dtype = format!("train.dtype={dtype}");
+        let settings = [dtype.as_str(), "model.decay=token", "checkpoint.every=5"];
+        let whole = config(&corpus, &settings, 2)?;
+        let folder = tempfile::tempdir_in(&folder)?;
+        let unbroken = train(&folder.path().join("unbroken"), &whole, 2, false)?;
+        // Interrupted by the clock after the step at which the time is up: the first.
+        let mut short = whole.clone();
+        short.train.minutes = 1e-9;
+        let broken = folder.path().join("broken");
+        assert_eq!(train(&broken, &short, 2, false)?.len(), 1);
+        let resumed = train(&broken, &whole, 2, true)?;
+        assert_eq!(unbroken.len(), 20);
+        for (a, b) in unbroken.iter().zip(&resumed) {
+            assert_eq!((a.step, a.loss, a.grad_norm), (b.step, b.loss, b.grad_norm), "{dtype}");
+        }
+        let last = |run: &str| -> Result<Vec<u8>> {
+            let path = runtime::checkpoint::latest(&folder.path().join(run))?.expect("a checkpoint");
+            Ok(std::fs::read(path.join("model.safetensors"))?)
+        };
+        assert!(last("unbroken")? == last("broken")?, "{dtype}: the final weights differ");
+    }
+    Ok(())
+}
+
+#[test]
+fn resuming_another_model_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let corpus = corpus(folder.path())?;
+    let run_dir = folder.path().join("run");
+    train(&run_dir, &config(&corpus, &["train.steps=1"], 1)?, 1, false)?;
+    let error = train(&run_dir, &config(&corpus, &["train.steps=2", "train.seed=3"], 1)?, 1, true).unwrap_err();
+    assert!(error.to_string().contains("train.seed was 0"), "{error}");
+    let error = train(&run_dir, &config(&corpus, &[], 1)?, 1, false).unwrap_err();
+    assert!(error.to_string().contains("earlier run"), "{error}");
+    let error = train(&folder.path().join("nowhere"), &config(&corpus, &[], 1)?, 1, true).unwrap_err();
+    assert!(error.to_string().contains("no checkpoint"), "{error}");
+    Ok(())
+}
+
+/// Decoding, by chunks and token by token, equals the forward of training.
+#[test]
+fn decoding_equals_the_training_forward() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let corpus = corpus(folder.path())?;
+    for decay in ["none", "lightning", "retention", "token", "channel"] {
+        let config = config(&corpus, &[&format!("model.decay={decay}")], 1)?;
+        let model = Model::new(&config.model, Kind::Float, 5, Device::Cpu)?;
+        let tokens: Vec<i64> = (0..77).map(|i| (i * i + 3 * i) % 200).collect();
+        let whole = local::run(1, |group| -> Result<Tensor> {
+            let _guard = tch::no_grad_guard();
+            let plan = Plan::new(Layout::new(config.parallel.layout, 77, 1)?, None, 0)?;
+            let shard = Shard { group, plan, scan: method::scan("lasp2")?, attention: method::attention("lasp2h")? };
+            let rope = config.model.rope_base;
+            let context = Context::new(shard.into(), config.model.head_dim(), rope, Kind::Float, Device::Cpu)?;
+            let hidden = model_forward(&config, &context, &tokens)?;
+            Ok(hidden)
+        })?;
+        let mut decoder = Decoder::new(&model);
+        let mut position = 0;
+        for length in [40, 1, 1, 17, 1, 16, 1] {
+            let logits = decoder.feed(&tokens[position..position + length])?;
+            position += length;
+            assert_close(&format!("{decay}, position {position}"), &logits, &whole[0].get(position as i64 - 1), 1e-4);
+        }
+        assert_eq!(position, 77);
+    }
+    Ok(())
+}
+
+/// Logits `[T, vocab]`, f64, of the model that the test also decodes with.
+fn model_forward(config: &Config, context: &Context, tokens: &[i64]) -> Result<Tensor> {
+    let model = Model::new(&config.model, Kind::Float, 5, Device::Cpu)?;
+    let hidden = model.forward(context, &Tensor::from_slice(tokens).unsqueeze(0), false)?;
+    Ok(model.logits(&hidden)?.select(0, 0).to_kind(Kind::Double))
+}
