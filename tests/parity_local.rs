@@ -1,7 +1,7 @@
 //! The parity list with ranks as threads.
 
 use collectives::local;
-use lasp_tests::{linear_cases, softmax_cases};
+use lasp_tests::{linear_cases, overlap, softmax_cases};
 
 const RANKS: [usize; 5] = [1, 2, 3, 4, 8];
 
@@ -14,6 +14,14 @@ fn linear_attention_on_every_rank() {
                 panic!("{}: {error}", case.name);
             }
         }
+    }
+}
+
+#[test]
+fn the_all_gather_hides_behind_intra_rank_work() {
+    tch::set_num_threads(1);
+    if let Err(error) = local::run(2, |group| overlap::check(&group)) {
+        panic!("{error}");
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod linear;
 pub mod mpirun;
+pub mod overlap;
 mod softmax;
 
 use anyhow::Result;

@@ -1,0 +1,64 @@
+//! What can go wrong between ranks. Each variant carries its operands, and its message says what was found, what was
+//! expected and, where there is one, the setting to change.
+
+use std::sync::Arc;
+use tch::Kind;
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    #[error("{op} on group {group} cannot carry {kind:?} tensors; it takes Double, Float, BFloat16 and Int64")]
+    UnsupportedKind { op: &'static str, group: Arc<str>, kind: Kind },
+
+    #[error("{op} on group {group} takes at most {most} dimensions, found {shape:?}; flatten some")]
+    TooManyDims { op: &'static str, group: Arc<str>, shape: Box<[i64]>, most: usize },
+
+    /// The ranks of a group called the same operation differently. Found before anything was sent, on every rank.
+    #[error("{op} #{number} on group {group}: {what} differ: {}", .brought.join(", "))]
+    Mismatch {
+        op: &'static str,
+        /// How many collectives (for `recv`: messages from that peer) came before on this group.
+        number: u64,
+        group: Arc<str>,
+        what: &'static str,
+        /// What each rank brought, in rank order.
+        brought: Vec<String>,
+    },
+
+    #[error("{op} on group {group}, rank {rank}: shape {shape:?} with rows {rows:?}: {problem}")]
+    Rows { op: &'static str, group: Arc<str>, rank: usize, shape: Box<[i64]>, rows: Box<[i64]>, problem: String },
+
+    #[error("broadcast on group {group}: root {root} is not one of its ranks, 0 to {}", .size - 1)]
+    BadRoot { group: Arc<str>, root: usize, size: usize },
+
+    #[error("{op} on group {group}: peer {peer} is not one of its ranks, 0 to {}", .size - 1)]
+    BadPeer { op: &'static str, group: Arc<str>, peer: usize, size: usize },
+
+    #[error(
+        "a mesh of dp = {dp} (parallel.dp) by sp = {sp} (parallel.sp) needs {} ranks, found {world}; \
+         choose parallel.dp and parallel.sp so that their product is {world}",
+        .dp.saturating_mul(*.sp)
+    )]
+    Mesh { dp: usize, sp: usize, world: usize },
+
+    /// `rank` counts in the world, whatever the group in which its failure was noticed.
+    #[error("rank {rank} failed: {message}")]
+    RankFailed { rank: usize, message: String },
+
+    #[error("{op} on group {group}: this rank's progress thread has ended; communicate only while the job runs")]
+    Stopped { op: &'static str, group: Arc<str> },
+
+    #[error("a local run needs at least 1 rank, found 0")]
+    NoRanks,
+
+    #[error("cannot start the thread of rank {rank}: {source}")]
+    Spawn { rank: usize, source: std::io::Error },
+
+    #[error("{call} failed with code {code}: {message}")]
+    Mpi { call: &'static str, code: i32, message: String },
+
+    #[error(transparent)]
+    Tch(#[from] tch::TchError),
+}

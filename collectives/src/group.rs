@@ -1,0 +1,245 @@
+//! A communicator over some ranks: checks what one rank can check alone, then hands the operation to the progress thread.
+//!
+//! Whether all ranks brought the same is checked by the back end (`op::agree`) before any data moves.
+
+use crate::{
+    Error, Pending, Recorder, Reduce, Result,
+    op::{Call, KINDS, MAX_DIMS, Op},
+    pending::promise,
+    progress::{Face, Job, Outcome, Queue, stopped},
+};
+use std::{fmt, sync::Arc};
+use tch::{Kind, Tensor};
+
+/// Some ranks that communicate. Cheap to clone; clones are the same communicator.
+///
+/// Every operation is asynchronous: it is enqueued, runs while the rank computes, and ends in [`Pending::wait`]. All ranks
+/// of a group must issue the same collectives in the same order, each rank from one thread; they check that they do
+/// ([`Error::Mismatch`]). Sends and receives may be issued at any point between.
+///
+/// Tensors may be Double, Float, BFloat16 or Int64, of up to 8 dimensions, also without elements; they are taken detached
+/// and made contiguous, and results need no gradient and share no memory with any input. The input may be dropped at any
+/// time, but must not be written to before `wait` has returned. Tensors on other devices than the CPU go through copies
+/// on the CPU, and the result comes back to the device of the input. W is the size of the group in the comments below.
+#[derive(Clone)]
+pub struct Group {
+    face: Arc<Face>,
+    line: Line,
+}
+
+/// A rank's connection to its progress thread.
+#[derive(Clone)]
+pub(crate) struct Line {
+    pub queue: Arc<Queue>,
+    pub recorder: Recorder,
+    pub backend: &'static str,
+}
+
+impl Group {
+    pub(crate) fn new(face: Face, line: Line) -> Group {
+        Group { face: Arc::new(face), line }
+    }
+
+    /// This rank's place in the group, from 0.
+    pub fn rank(&self) -> usize {
+        self.face.rank
+    }
+
+    /// W, the number of ranks.
+    pub fn size(&self) -> usize {
+        self.face.size
+    }
+
+    /// `world`, or the name given to [`Group::split`].
+    pub fn name(&self) -> &str {
+        &self.face.name
+    }
+
+    /// `local` or `mpi`.
+    pub fn backend(&self) -> &'static str {
+        self.line.backend
+    }
+
+    /// This rank's flight recorder, shared by all its groups.
+    pub fn recorder(&self) -> &Recorder {
+        &self.line.recorder
+    }
+
+    /// The group of the ranks that pass the same `color`, ordered by `key` and then by rank (MPI 4.0, 7.4.2,
+    /// MPI_Comm_split). Collective; blocks until all ranks have come.
+    pub fn split(&self, name: &str, color: usize, key: usize) -> Result<Group> {
+        let pair = Tensor::f_from_slice(&[color as i64, key as i64])?;
+        let call = self.call(Op::Split, &pair)?;
+        let outcome = self.issue(call, Some(&pair), Some(name.into()))?.wait()?;
+        match outcome {
+            Outcome::Group(face) => Ok(Group::new(face, self.line.clone())),
+            Outcome::Tensor(_) => Err(stopped(Op::Split, &self.face)),
+        }
+    }
+
+    /// `x`: `[..]`, the same shape on each rank. Gives `[W, ..]`, in rank order.
+    pub fn all_gather(&self, x: &Tensor) -> Result<Pending<Tensor>> {
+        self.tensor(self.call(Op::AllGather, x)?, Some(x))
+    }
+
+    /// `x`: `[rows[rank], ..]`. Gives `[sum(rows), ..]`, in rank order. `rows` must be the same on each rank.
+    pub fn all_gather_v(&self, x: &Tensor, rows: &[i64]) -> Result<Pending<Tensor>> {
+        let call = Call { send_rows: rows.into(), ..self.call(Op::AllGatherV, x)? };
+        self.check_rows(&call, rows, rows.get(self.rank()).copied(), "this rank's number of rows")?;
+        self.tensor(call, Some(x))
+    }
+
+    /// `x`: `[W, ..]`. Gives `[..]`: the sum over all ranks of their slice `x[rank]`.
+    pub fn reduce_scatter(&self, x: &Tensor) -> Result<Pending<Tensor>> {
+        let call = self.call(Op::ReduceScatter, x)?;
+        self.check_leading(&call)?;
+        self.tensor(call, Some(x))
+    }
+
+    /// `x`: `[sum(rows), ..]`. Gives `[rows[rank], ..]`, summed over all ranks. `rows` must be the same on each rank.
+    pub fn reduce_scatter_v(&self, x: &Tensor, rows: &[i64]) -> Result<Pending<Tensor>> {
+        let call = Call { send_rows: rows.into(), ..self.call(Op::ReduceScatterV, x)? };
+        self.check_rows(&call, rows, checked_sum(rows), "the sum of the rows")?;
+        self.tensor(call, Some(x))
+    }
+
+    /// `x`: `[..]`, the same shape on each rank. Gives `[..]`, combined over all ranks, bit-identical on each.
+    pub fn all_reduce(&self, x: &Tensor, op: Reduce) -> Result<Pending<Tensor>> {
+        self.tensor(self.call(Op::AllReduce(op), x)?, Some(x))
+    }
+
+    /// `x`: `[W, ..]`. Gives `[W, ..]`: slice r came from rank r, where it was slice `rank`.
+    pub fn all_to_all(&self, x: &Tensor) -> Result<Pending<Tensor>> {
+        let call = self.call(Op::AllToAll, x)?;
+        self.check_leading(&call)?;
+        self.tensor(call, Some(x))
+    }
+
+    /// `x`: `[sum(send_rows), ..]`, the rows for rank 0 first. Gives `[sum(recv_rows), ..]`, those from rank 0 first.
+    pub fn all_to_all_v(&self, x: &Tensor, send_rows: &[i64], recv_rows: &[i64]) -> Result<Pending<Tensor>> {
+        let call = Call { send_rows: send_rows.into(), recv_rows: recv_rows.into(), ..self.call(Op::AllToAllV, x)? };
+        self.check_rows(&call, send_rows, checked_sum(send_rows), "the sum of the rows sent")?;
+        self.check_rows(&call, recv_rows, call.shape.first().copied(), "")?;
+        self.tensor(call, Some(x))
+    }
+
+    /// `x`: on the root what is sent; on the others it only gives the shape and the kind. Gives a copy of the root's.
+    pub fn broadcast(&self, x: &Tensor, root: usize) -> Result<Pending<Tensor>> {
+        if root >= self.size() {
+            return Err(Error::BadRoot { group: self.name().into(), root, size: self.size() });
+        }
+        self.tensor(self.call(Op::Broadcast { root }, x)?, Some(x))
+    }
+
+    /// Sends `x` to a rank of this group, which may be this one. It is copied first, and so ends without waiting for the
+    /// receiver: ranks in a ring may all wait for their send before they receive.
+    pub fn send(&self, x: &Tensor, to: usize) -> Result<Pending<()>> {
+        self.check_peer("send", to)?;
+        Ok(self.tensor(self.call(Op::Send { to }, x)?, Some(x))?.map(|_| Ok(())))
+    }
+
+    /// Receives, on the CPU, the next tensor that `from` sends here; its shape and kind must be as given.
+    pub fn recv(&self, shape: &[i64], kind: Kind, from: usize) -> Result<Pending<Tensor>> {
+        self.check_peer("recv", from)?;
+        self.tensor(self.call_of(Op::Recv { from }, shape.into(), kind)?, None)
+    }
+
+    /// Ends when all ranks have come.
+    pub fn barrier(&self) -> Result<Pending<()>> {
+        let call = self.call_of(Op::Barrier, vec![0], Kind::Float)?;
+        Ok(self.tensor(call, None)?.map(|_| Ok(())))
+    }
+
+    fn call(&self, op: Op, x: &Tensor) -> Result<Call> {
+        self.call_of(op, x.size(), x.f_kind()?)
+    }
+
+    fn call_of(&self, op: Op, shape: Vec<i64>, kind: Kind) -> Result<Call> {
+        let (name, group) = (op.name(), self.name());
+        if !KINDS.contains(&kind) {
+            return Err(Error::UnsupportedKind { op: name, group: group.into(), kind });
+        }
+        if shape.len() > MAX_DIMS {
+            return Err(Error::TooManyDims { op: name, group: group.into(), shape: shape.into(), most: MAX_DIMS });
+        }
+        Ok(Call { op, number: 0, kind, shape, send_rows: vec![], recv_rows: vec![] })
+    }
+
+    fn rows_error(&self, call: &Call, rows: &[i64], problem: String) -> Error {
+        Error::Rows {
+            op: call.op.name(),
+            group: self.name().into(),
+            rank: self.rank(),
+            shape: call.shape.as_slice().into(),
+            rows: rows.into(),
+            problem,
+        }
+    }
+
+    /// Dimension 0 must have one slice for each rank.
+    fn check_leading(&self, call: &Call) -> Result<()> {
+        let w = self.size() as i64;
+        if call.shape.first() == Some(&w) {
+            return Ok(());
+        }
+        Err(self.rows_error(call, &[], format!("dimension 0 must be the size of the group, {w}")))
+    }
+
+    /// There must be a number for each rank, none negative, and dimension 0 must be `expected`, which is `what`.
+    fn check_rows(&self, call: &Call, rows: &[i64], expected: Option<i64>, what: &str) -> Result<()> {
+        let problem = if rows.len() != self.size() {
+            format!("{} numbers of rows, expected one for each of the {} ranks", rows.len(), self.size())
+        } else if let Some(negative) = rows.iter().find(|&&r| r < 0) {
+            format!("{negative} rows, expected none or more")
+        } else {
+            match (call.shape.first(), expected) {
+                (Some(found), Some(expected)) if *found == expected => return Ok(()),
+                (Some(found), Some(expected)) => format!("dimension 0 is {found}, expected {expected}, {what}"),
+                (None, _) => "a tensor without dimensions has no rows".to_string(),
+                (_, None) => "the sum of the rows does not fit 64 bits".to_string(),
+            }
+        };
+        Err(self.rows_error(call, rows, problem))
+    }
+
+    fn check_peer(&self, op: &'static str, peer: usize) -> Result<()> {
+        if peer < self.size() {
+            return Ok(());
+        }
+        Err(Error::BadPeer { op, group: self.name().into(), peer, size: self.size() })
+    }
+
+    fn tensor(&self, call: Call, input: Option<&Tensor>) -> Result<Pending<Tensor>> {
+        let (op, face) = (call.op, self.face.clone());
+        Ok(self.issue(call, input, None)?.map(move |outcome| match outcome {
+            Outcome::Tensor(result) => Ok(result),
+            Outcome::Group(_) => Err(stopped(op, &face)),
+        }))
+    }
+
+    fn issue(&self, call: Call, input: Option<&Tensor>, name: Option<Arc<str>>) -> Result<Pending<Outcome>> {
+        let input = input.map(Tensor::f_detach).transpose()?;
+        let op = call.op.name();
+        let group = self.face.name.clone();
+        let recorder = self.line.recorder.clone();
+        let seq = recorder.issued(group.clone(), op, call.bytes(self.rank(), self.size()));
+        let (promise, receipt) = promise(op, group.clone());
+        self.line.queue.push(Job { face: self.face.clone(), call, input, name, promise, seq });
+        Ok(Pending::coming(receipt.arrived(), move || {
+            let from = recorder.now();
+            let result = receipt.take();
+            recorder.exposed(seq, group, op, recorder.now() - from);
+            result
+        }))
+    }
+}
+
+fn checked_sum(rows: &[i64]) -> Option<i64> {
+    rows.iter().try_fold(0i64, |sum, &r| sum.checked_add(r))
+}
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} of {} on group {} ({})", self.rank(), self.size(), self.name(), self.backend())
+    }
+}
