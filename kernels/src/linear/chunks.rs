@@ -11,6 +11,9 @@ use tch::{Kind, Tensor};
 use super::{Decay, Inputs, Transition, accumulation_kind};
 use crate::Result;
 
+/// Numbers in the largest temporary of a part, 1 MiB in f32.
+const PART: i64 = 1 << 18;
+
 /// Sizes of a chunked segment. `g` = B H.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
@@ -184,19 +187,24 @@ impl ChunkDecay {
         Ok(())
     }
 
-    /// What a state `[G, K, V]` at the segment's start becomes at the start of each chunk (or, `reverse`, what a gradient
-    /// at the segment's end becomes at the end of each chunk): `[n G, K, V]`.
-    pub fn spread(&self, state: &Tensor, shape: &Shape, reverse: bool) -> Result<Tensor> {
-        let size = [shape.n, shape.g(), shape.dk, shape.dv];
-        let flat = [shape.n * shape.g(), shape.dk, shape.dv];
-        let Some(total) = self.total() else {
-            return Ok(state.f_unsqueeze(0)?.f_expand(size, false)?.f_reshape(flat)?);
-        };
+    /// The log-decays from the segment's start to the start of each chunk (or, `reverse`, from each chunk's end to the
+    /// segment's end): `[n, G]` or `[n, G, K]`.
+    pub fn distances(&self, reverse: bool) -> Result<Option<Tensor>> {
+        let Some(total) = self.total() else { return Ok(None) };
         // Exclusive cumulative sums over chunks.
         let total = if reverse { total.f_flip([0])? } else { total.shallow_clone() };
         let before = total.f_cumsum(0, total.kind())?.f_sub(&total)?;
-        let before = if reverse { before.f_flip([0])? } else { before };
-        Ok(self.over_states(&before, state.kind())?.f_mul(state)?.f_reshape(flat)?)
+        Ok(Some(if reverse { before.f_flip([0])? } else { before }))
+    }
+
+    /// What `state` `[G, K, V]` has become over some chunks' distances, `[n G, K, V]`.
+    pub fn spread(&self, state: &Tensor, distances: Option<&Tensor>, chunks: i64) -> Result<Tensor> {
+        let (g, dk, dv) = state.size3()?;
+        let flat = [chunks * g, dk, dv];
+        Ok(match distances {
+            Some(log) => self.over_states(log, state.kind())?.f_mul(state)?.f_reshape(flat)?,
+            None => state.f_unsqueeze(0)?.f_expand([chunks, g, dk, dv], false)?.f_reshape(flat)?,
+        })
     }
 }
 
@@ -220,6 +228,36 @@ impl Chunked {
         }
         let (k, v) = (shape.cut(&x.k, kind)?, shape.cut(&x.v, kind)?);
         Ok(Self { shape, kind, q, k, v, decay: ChunkDecay::new(&x.decay, &shape)? })
+    }
+
+    /// The segment in parts of a few chunks, `(first chunk, number)`: what a part needs at once should stay in the cache.
+    pub fn parts(&self) -> impl Iterator<Item = (i64, i64)> + use<> {
+        let Shape { n, c, dk, dv, .. } = self.shape;
+        let step = (PART / (self.shape.g() * c * c.max(dk).max(dv)).max(1)).clamp(1, n.max(1));
+        (0..n).step_by(step as usize).map(move |start| (start, step.min(n - start)))
+    }
+
+    /// Chunks `start .. start + chunks`, as views.
+    pub fn part(&self, (start, chunks): (i64, i64)) -> Result<Self> {
+        let shape = Shape { n: chunks, t: chunks * self.shape.c, ..self.shape };
+        let rows = |x: &Tensor| self.rows(x, (start, chunks));
+        let decay = match &self.decay {
+            ChunkDecay::None => ChunkDecay::None,
+            ChunkDecay::Scalar { b, total, constant } => ChunkDecay::Scalar {
+                b: rows(b)?,
+                total: total.f_narrow(0, start, chunks)?,
+                constant: constant.as_ref().map(Tensor::shallow_clone),
+            },
+            ChunkDecay::Channel { b, total } => {
+                ChunkDecay::Channel { b: rows(b)?, total: total.f_narrow(0, start, chunks)? }
+            }
+        };
+        Ok(Self { shape, kind: self.kind, q: rows(&self.q)?, k: rows(&self.k)?, v: rows(&self.v)?, decay })
+    }
+
+    /// The rows of some chunks of `x` `[n G, ..]`, as a view.
+    pub fn rows(&self, x: &Tensor, (start, chunks): (i64, i64)) -> Result<Tensor> {
+        Ok(x.f_narrow(0, start * self.shape.g(), chunks * self.shape.g())?)
     }
 
     fn slots(&self) -> Result<Tensor> {
@@ -266,8 +304,13 @@ impl Chunked {
         Ok(slots.f_select(0, index)?.f_view([b, h, dk, dv])?)
     }
 
-    /// All slots but the last (`first` = 0) or but the first (`first` = 1), as `[n G, K, V]`.
+    /// Slots `first .. first + n`, one for each of this part's chunks, as `[n G, K, V]`.
     pub fn per_chunk(&self, slots: &Tensor, first: i64) -> Result<Tensor> {
         Ok(slots.f_narrow(0, first, self.shape.n)?.f_view(self.flat())?)
+    }
+
+    /// An output for every chunk, `[n G, C, width]`.
+    pub fn empty(&self, width: i64) -> Result<Tensor> {
+        Ok(Tensor::f_empty([self.shape.n * self.shape.g(), self.shape.c, width], (self.kind, self.v.device()))?)
     }
 }

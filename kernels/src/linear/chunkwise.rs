@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 
 use super::chunks::{ChunkDecay, Chunked};
 use super::scores::{add_score_grads, scores};
-use super::{BackwardSegment, Decay, ForwardSegment, Grads, Inputs, StateMixer, Summary};
+use super::{BackwardSegment, ForwardSegment, Grads, Inputs, StateMixer, Summary};
 use crate::{Error, Result};
 
 /// `scale` multiplies o. `chunk` is a power of two; states and sums are f32 (f64 for f64 inputs), bf16 is widened on entry.
@@ -50,7 +50,7 @@ impl StateMixer for Chunkwise {
             d_o,
             kind: x.q.kind(),
             scale: self.scale,
-            has_decay: !matches!(x.decay, Decay::None),
+            decay_grad: x.decay_grad,
             entry: entry.map(Tensor::shallow_clone),
             x: chunked,
             state_grads: None,
@@ -96,17 +96,27 @@ impl ForwardSegment for ForwardChunks {
     fn run(&mut self) -> Result<()> {
         let states = self.states()?;
         let x = &self.x;
-        let mut o = scores(x)?.f_bmm(&x.v)?;
-        let _ = o.f_baddbmm_(&x.decay.from_start(&x.q)?, &x.per_chunk(&states, 0)?)?;
+        let o = x.empty(x.shape.dv)?;
+        for at in x.parts() {
+            let (part, mut o) = (x.part(at)?, x.rows(&o, at)?);
+            let _ = scores(&part)?.f_bmm_out(&o, &part.v)?;
+            let _ = o.f_baddbmm_(&part.decay.from_start(&part.q)?, &part.per_chunk(&states, at.0)?)?;
+        }
         self.o = Some(o);
         Ok(())
     }
 
     fn add_entry(&mut self, entry: &Tensor) -> Result<()> {
-        let mut o = self.output()?;
+        let o = self.output()?;
         let x = &self.x;
-        let entries = x.decay.spread(&x.shape.flat_state(entry, x.kind)?, &x.shape, false)?;
-        let _ = o.f_baddbmm_(&x.decay.from_start(&x.q)?, &entries)?;
+        let entry = x.shape.flat_state(entry, x.kind)?;
+        let distances = x.decay.distances(false)?;
+        for at in x.parts() {
+            let part = x.part(at)?;
+            let here = distances.as_ref().map(|d| d.f_narrow(0, at.0, at.1)).transpose()?;
+            let entries = part.decay.spread(&entry, here.as_ref(), at.1)?;
+            let _ = x.rows(&o, at)?.f_baddbmm_(&part.decay.from_start(&part.q)?, &entries)?;
+        }
         Ok(())
     }
 
@@ -120,7 +130,7 @@ struct BackwardChunks {
     x: Chunked,
     kind: Kind,
     scale: f64,
-    has_decay: bool,
+    decay_grad: bool,
     entry: Option<Tensor>,
     /// `[n G, C, V]`.
     d_o: Tensor,
@@ -129,14 +139,13 @@ struct BackwardChunks {
     done: Option<ChunkGrads>,
 }
 
-/// dq, dk `[n G, C, K]`, dv `[n G, C, V]`, dlog_decay `[n G, C]` or `[n G, C, K]`; and, with a decay, the state at the
-/// start of every chunk, `[n G, K, V]`, which the exit gradient meets.
+/// dq, dk `[n G, C, K]`, dv `[n G, C, V]`; and, where the decay wants a gradient, dlog_decay `[n G, C]` or `[n G, C, K]`
+/// and the states `[n+1, G, K, V]`, which the exit gradient meets.
 struct ChunkGrads {
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    dg: Option<Tensor>,
-    entries: Option<Tensor>,
+    dg: Option<(Tensor, Tensor)>,
 }
 
 impl BackwardChunks {
@@ -147,25 +156,23 @@ impl BackwardChunks {
         };
         Ok(self.state_grads.insert(grads).shallow_clone())
     }
+}
 
-    /// What reaches log a_i through the chunk's end: from the state at its entry, and from the tokens before i, whose share
-    /// is `k . dk` `[n G, C, K]` with dk the part of the exit gradients `exits` `[n G, K, V]`. Only terms that decay has
-    /// already scaled are added up, where the formula of algorithms.md, `X - sum_{j >= i} k_j dk_j`, would subtract
-    /// nearly equal numbers under a strong decay.
-    fn exit_decay_grad(&self, k_dk: &Tensor, exits: &Tensor, entries: &Tensor) -> Result<Tensor> {
-        let carried = exits.f_mul(entries)?.f_sum_dim_intlist(-1, false, self.x.kind)?; // [n G, K]
-        let carried = self.over_channels(&self.x.decay.carry(&carried)?)?.f_unsqueeze(1)?;
-        let k_dk = self.over_channels(k_dk)?;
-        Ok(k_dk.f_cumsum(1, self.x.kind)?.f_sub_(&k_dk)?.f_add_(&carried)?)
-    }
+/// What reaches log a_t through the chunk's end: from the state at its entry, and from the tokens before t, whose share is
+/// `k . dk` `[n G, C, K]` with dk the part of the exit gradients `exits` `[n G, K, V]`.
+fn exit_decay_grad(x: &Chunked, k_dk: &Tensor, exits: &Tensor, entries: &Tensor) -> Result<Tensor> {
+    let carried = exits.f_mul(entries)?.f_sum_dim_intlist(-1, false, x.kind)?; // [n G, K]
+    let carried = over_channels(x, &x.decay.carry(&carried)?)?.f_unsqueeze(1)?;
+    let k_dk = over_channels(x, k_dk)?;
+    Ok(k_dk.f_cumsum(1, x.kind)?.f_sub_(&k_dk)?.f_add_(&carried)?)
+}
 
-    /// Sums a gradient over K where the decay is a scalar.
-    fn over_channels(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self.x.decay {
-            ChunkDecay::Channel { .. } => x.shallow_clone(),
-            _ => x.f_sum_dim_intlist(-1, false, self.x.kind)?,
-        })
-    }
+/// Sums a gradient over K where the decay is a scalar.
+fn over_channels(x: &Chunked, grad: &Tensor) -> Result<Tensor> {
+    Ok(match x.decay {
+        ChunkDecay::Channel { .. } => grad.shallow_clone(),
+        _ => grad.f_sum_dim_intlist(-1, false, x.kind)?,
+    })
 }
 
 impl BackwardSegment for BackwardChunks {
@@ -179,31 +186,35 @@ impl BackwardSegment for BackwardChunks {
         let grads = self.state_grads()?;
         let x = &self.x;
         let states = x.states(self.entry.as_ref())?;
-        let (entries, exits) = (x.per_chunk(&states, 0)?, x.per_chunk(&grads, 1)?);
+        let (all_dq, all_dk, all_dv) = (x.empty(x.shape.dk)?, x.empty(x.shape.dk)?, x.empty(x.shape.dv)?);
+        let mut dgs = Vec::new();
+        for at in x.parts() {
+            let (x, d_o) = (x.part(at)?, x.rows(&self.d_o, at)?);
+            let (entries, exits) = (x.per_chunk(&states, at.0)?, x.per_chunk(&grads, at.0 + 1)?);
 
-        // What comes through the chunk's exit and entry, then what comes from inside it.
-        let mut dq = x.decay.from_start(&self.d_o.f_bmm(&entries.f_transpose(1, 2)?)?)?;
-        let mut dk = x.decay.from_end(&x.v.f_bmm(&exits.f_transpose(1, 2)?)?)?;
-        let mut dv = x.decay.from_end(&x.k)?.f_bmm(&exits)?;
-        let through_exit =
-            if self.has_decay { Some(self.exit_decay_grad(&x.k.f_mul(&dk)?, &exits, &entries)?) } else { None };
-
-        let _ = dv.f_baddbmm_(&scores(x)?.f_transpose(1, 2)?, &self.d_o)?;
-        let d_a = self.d_o.f_bmm(&x.v.f_transpose(1, 2)?)?;
-        let Some(through_exit) = through_exit else {
-            add_score_grads(x, d_a, &mut dq, &mut dk)?;
-            self.done = Some(ChunkGrads { dq, dk, dv, dg: None, entries: None });
-            return Ok(());
-        };
-        // A token's product with itself knows no decay: it is left out until the decay's gradient is taken.
-        let itself = d_a.f_diagonal_copy(0, 1, 2)?.f_unsqueeze(-1)?; // [n G, C, 1]
-        let mut dk_inside = dk.f_zeros_like()?;
-        add_score_grads(x, d_a, &mut dq, &mut dk_inside)?;
-        let db = x.q.f_mul(&dq)?.f_addcmul_(&x.k.f_neg()?, &dk_inside)?;
-        let dg = self.over_channels(&db)?.f_flip([1])?.f_cumsum(1, x.kind)?.f_flip([1])?.f_add_(&through_exit)?;
-        let _ = dq.f_addcmul_(&itself, &x.k)?;
-        let _ = dk.f_add_(&dk_inside)?.f_addcmul_(&itself, &x.q)?;
-        self.done = Some(ChunkGrads { dq, dk, dv, dg: Some(dg), entries: Some(entries) });
+            // What comes through the chunk's entry and exit, then what comes from inside it.
+            let mut dq = x.decay.from_start(&d_o.f_bmm(&entries.f_transpose(1, 2)?)?)?;
+            let mut dk = x.decay.from_end(&x.v.f_bmm(&exits.f_transpose(1, 2)?)?)?;
+            let through = if self.decay_grad {
+                let entry = over_channels(&x, &x.q.f_mul(&dq)?)?.f_flip([1])?.f_cumsum(1, x.kind)?.f_flip([1])?;
+                Some(exit_decay_grad(&x, &x.k.f_mul(&dk)?, &exits, &entries)?.f_add_(&entry)?)
+            } else {
+                None
+            };
+            let a = scores(&x)?;
+            let mut dv = self.x.rows(&all_dv, at)?;
+            let _ = x.decay.from_end(&x.k)?.f_bmm_out(&dv, &exits)?;
+            let _ = dv.f_baddbmm_(&a.f_transpose(1, 2)?, &d_o)?;
+            let d_a = d_o.f_bmm(&x.v.f_transpose(1, 2)?)?;
+            let inside = add_score_grads(&x, &a, d_a, &mut dq, &mut dk, self.decay_grad)?;
+            if let (Some(mut through), Some(inside)) = (through, inside) {
+                dgs.push(through.f_add_(&inside)?);
+            }
+            self.x.rows(&all_dq, at)?.f_copy_(&dq)?;
+            self.x.rows(&all_dk, at)?.f_copy_(&dk)?;
+        }
+        let dg = if self.decay_grad { Some((Tensor::f_cat(&dgs, 0)?, states)) } else { None };
+        self.done = Some(ChunkGrads { dq: all_dq, dk: all_dk, dv: all_dv, dg });
         Ok(())
     }
 
@@ -211,16 +222,22 @@ impl BackwardSegment for BackwardChunks {
         if self.done.is_none() {
             self.run_grad()?;
         }
-        let Some(mut done) = self.done.take() else { return Ok(()) };
+        let Some(done) = &self.done else { return Ok(()) };
         let x = &self.x;
-        let exits = x.decay.spread(&x.shape.flat_state(exit, x.kind)?, &x.shape, true)?;
-        let dk = x.decay.from_end(&x.v.f_bmm(&exits.f_transpose(1, 2)?)?)?;
-        let _ = done.dv.f_baddbmm_(&x.decay.from_end(&x.k)?, &exits)?;
-        if let (Some(dg), Some(entries)) = (&mut done.dg, &done.entries) {
-            let _ = dg.f_add_(&self.exit_decay_grad(&x.k.f_mul(&dk)?, &exits, entries)?)?;
+        let exit = x.shape.flat_state(exit, x.kind)?;
+        let distances = x.decay.distances(true)?;
+        for at in x.parts() {
+            let x = x.part(at)?;
+            let here = distances.as_ref().map(|d| d.f_narrow(0, at.0, at.1)).transpose()?;
+            let exits = x.decay.spread(&exit, here.as_ref(), at.1)?;
+            let dk = x.decay.from_end(&x.v.f_bmm(&exits.f_transpose(1, 2)?)?)?;
+            let _ = self.x.rows(&done.dv, at)?.f_baddbmm_(&x.decay.from_end(&x.k)?, &exits)?;
+            if let Some((dg, states)) = &done.dg {
+                let more = exit_decay_grad(&x, &x.k.f_mul(&dk)?, &exits, &x.per_chunk(states, at.0)?)?;
+                let _ = self.x.rows(dg, at)?.f_add_(&more)?;
+            }
+            let _ = self.x.rows(&done.dk, at)?.f_add_(&dk)?;
         }
-        let _ = done.dk.f_add_(&dk)?;
-        self.done = Some(done);
         Ok(())
     }
 
@@ -237,7 +254,7 @@ impl BackwardSegment for BackwardChunks {
             dq: shape.join(&done.dq, kind)?,
             dk: shape.join(&done.dk, kind)?,
             dv: shape.join(&done.dv, kind)?,
-            dlog_decay: done.dg.map(|dg| shape.join(&dg, self.x.kind)).transpose()?,
+            dlog_decay: done.dg.map(|(dg, _)| shape.join(&dg, self.x.kind)).transpose()?,
         })
     }
 }

@@ -85,6 +85,8 @@ pub struct Inputs {
     pub k: Tensor,
     pub v: Tensor,
     pub decay: Decay,
+    /// Whether backward computes dlog_decay. A constant decay, as Lightning's, wants none.
+    pub decay_grad: bool,
 }
 
 impl Inputs {
@@ -113,7 +115,8 @@ impl Inputs {
             Decay::Head(g) => Decay::Head(g.f_detach()?),
             other => other,
         };
-        Ok(Self { q: q.f_detach()?, k: k.f_detach()?, v: v.f_detach()?, decay })
+        let decay_grad = log_decay.is_some();
+        Ok(Self { q: q.f_detach()?, k: k.f_detach()?, v: v.f_detach()?, decay, decay_grad })
     }
 
     pub fn tokens(&self) -> i64 {
@@ -127,6 +130,7 @@ impl Inputs {
             k: self.k.f_narrow(1, start, length)?,
             v: self.v.f_narrow(1, start, length)?,
             decay: self.decay.narrow(start, length)?,
+            decay_grad: self.decay_grad,
         })
     }
 
@@ -136,6 +140,7 @@ impl Inputs {
             k: self.k.shallow_clone(),
             v: self.v.shallow_clone(),
             decay: self.decay.shallow_clone(),
+            decay_grad: self.decay_grad,
         }
     }
 }

@@ -18,21 +18,35 @@ pub(super) fn scores(x: &Chunked) -> Result<Tensor> {
     }
 }
 
-/// From the gradient of the scores' sum over values, `dA = do v^T` `[n G, C, C]`, adds to dq and dk `[n G, C, K]`
-/// what comes from inside the chunk: with a decay from strictly below the diagonal, without one from the diagonal too.
-pub(super) fn add_score_grads(x: &Chunked, d_a: Tensor, dq: &mut Tensor, dk: &mut Tensor) -> Result<()> {
-    match &x.decay {
-        ChunkDecay::Channel { b, .. } => add_channel_grads(x, b, &d_a, dq, dk),
-        _ => {
-            let mut d_a = decayed(x, d_a)?;
-            if !matches!(x.decay, ChunkDecay::None) {
-                let _ = d_a.f_tril_(-1)?;
-            }
-            let _ = dq.f_baddbmm_(&d_a, &x.k)?;
-            let _ = dk.f_baddbmm_(&d_a.f_transpose(1, 2)?, &x.q)?;
-            Ok(())
-        }
+/// From the scores `a` and the gradient of their sum over values, `d_a = do v^T` (both `[n G, C, C]`), adds to dq and dk
+/// `[n G, C, K]` what comes from inside the chunk. Returns, if `decay_grad`, what comes to dlog_decay: for log a_t the sum
+/// over all pairs j < t <= i, `[n G, C]` or `[n G, C, K]`.
+///
+/// The pairs are summed as they are. The shorter formula `sum_{i >= t} (q_i dq_i - k_i dk_i)` counts pairs that do not
+/// cross t twice, with opposite signs, which under a strong decay leaves little but rounding.
+pub(super) fn add_score_grads(
+    x: &Chunked,
+    a: &Tensor,
+    d_a: Tensor,
+    dq: &mut Tensor,
+    dk: &mut Tensor,
+    decay_grad: bool,
+) -> Result<Option<Tensor>> {
+    if let ChunkDecay::Channel { b, .. } = &x.decay {
+        return add_channel_grads(x, b, &d_a, dq, dk, decay_grad);
     }
+    let dg = if decay_grad { Some(crossing_pairs(a.f_mul(&d_a)?, x.kind)?) } else { None };
+    let d_a = decayed(x, d_a)?;
+    let _ = dq.f_baddbmm_(&d_a, &x.k)?;
+    let _ = dk.f_baddbmm_(&d_a.f_transpose(1, 2)?, &x.q)?;
+    Ok(dg)
+}
+
+/// `out_t = sum_{i >= t} sum_{j < t} p_ij` of `p` `[n G, C, C]`: `[n G, C]`.
+fn crossing_pairs(p: Tensor, kind: Kind) -> Result<Tensor> {
+    let c = p.size()[1];
+    let before = p.f_cumsum(2, kind)?.f_tril_(-1)?.f_sum_dim_intlist(1, false, kind)?; // column t - 1 belongs to t
+    Ok(before.f_narrow(1, 0, c - 1)?.f_constant_pad_nd([1, 0])?)
 }
 
 /// `a_ij e^{b_i - b_j}` for j <= i, else 0, in place; `a`: `[n G, C, C]`.
@@ -112,15 +126,33 @@ fn channel_scores(x: &Chunked, b: &Tensor) -> Result<Tensor> {
     Ok(a)
 }
 
-fn add_channel_grads(x: &Chunked, b: &Tensor, d_a: &Tensor, dq: &mut Tensor, dk: &mut Tensor) -> Result<()> {
-    let c = x.shape.c;
-    for s in halvings(c) {
+fn add_channel_grads(
+    x: &Chunked,
+    b: &Tensor,
+    d_a: &Tensor,
+    dq: &mut Tensor,
+    dk: &mut Tensor,
+    decay_grad: bool,
+) -> Result<Option<Tensor>> {
+    let diagonal = d_a.f_diagonal(0, 1, 2)?.f_unsqueeze(-1)?;
+    let _ = dq.f_addcmul_(&diagonal, &x.k)?;
+    let _ = dk.f_addcmul_(&diagonal, &x.q)?;
+    let dg = if decay_grad { Some(dq.f_zeros_like()?) } else { None };
+    for s in halvings(x.shape.c) {
         let level = Level::new(b, s, x)?;
         let q = level.half(&x.q, 1)?.f_mul(&level.right)?;
         let k = level.half(&x.k, 0)?.f_mul(&level.left)?;
-        let blocks = level.blocks(d_a, c)?.f_reshape([-1, s, s])?;
-        let _ = level.half(dq, 1)?.f_addcmul_(&blocks.f_bmm(&k)?, &level.right)?;
-        let _ = level.half(dk, 0)?.f_addcmul_(&blocks.f_transpose(1, 2)?.f_bmm(&q)?, &level.left)?;
+        let blocks = level.blocks(d_a, x.shape.c)?.f_reshape([-1, s, s])?;
+        let dq_here = blocks.f_bmm(&k)?;
+        let dk_here = blocks.f_transpose(1, 2)?.f_bmm(&q)?;
+        let _ = level.half(dq, 1)?.f_addcmul_(&dq_here, &level.right)?;
+        let _ = level.half(dk, 0)?.f_addcmul_(&dk_here, &level.left)?;
+        if let Some(dg) = &dg {
+            // A pair of this level crosses t in the right half if its query is at or after t, in the left if its key is before.
+            let (right, left) = (q.f_mul(&dq_here)?, k.f_mul(&dk_here)?);
+            let _ = level.half(dg, 1)?.f_add_(&right.f_flip([1])?.f_cumsum(1, x.kind)?.f_flip([1])?)?;
+            let _ = level.half(dg, 0)?.f_add_(&left.f_cumsum(1, x.kind)?.f_sub_(&left)?)?;
+        }
     }
-    Ok(())
+    Ok(dg)
 }

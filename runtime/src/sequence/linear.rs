@@ -26,12 +26,6 @@ pub struct Saved {
     transitions: Transitions,
 }
 
-impl Saved {
-    pub fn has_decay(&self) -> bool {
-        !matches!(self.x.decay, Decay::None)
-    }
-}
-
 /// Gradients of this rank's tokens; `dlog_decay` in the shape of the decay (`[H]`: summed over this rank's tokens).
 pub struct Backward {
     pub grads: Grads,
@@ -239,6 +233,7 @@ fn join_grads(grads: Vec<Grads>, x: &Inputs) -> Result<Grads> {
         dg.extend(grad.dlog_decay.map(Ok));
     }
     let dlog_decay = match &x.decay {
+        _ if !x.decay_grad => None,
         Decay::None => None,
         Decay::Head(_) => {
             let like = x.q.f_select(-1, 0)?.f_to_kind(kind)?;

@@ -11,6 +11,7 @@ pub mod linear_full;
 pub mod method;
 mod plan;
 pub mod scan;
+mod settings;
 
 use std::sync::Arc;
 
@@ -46,15 +47,14 @@ pub fn linear_attention(
     v: &Tensor,
     log_decay: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let x = Inputs::new(q, k, v, log_decay)?;
+    let mut x = Inputs::new(q, k, v, log_decay)?;
+    x.decay_grad = log_decay.is_some_and(Tensor::requires_grad);
     let forward = linear::forward(shard, mixer.as_ref(), x, None)?;
-    let inputs: Vec<&Tensor> = [q, k, v].into_iter().chain(log_decay).collect();
+    let inputs: Vec<&Tensor> = [q, k, v].into_iter().chain(log_decay.filter(|g| g.requires_grad())).collect();
+    let wanted = inputs.len();
     let (shard, mixer, saved) = (shard.clone(), mixer.clone(), forward.saved);
     kernels::bridge::attach(&inputs, &[&forward.o], move |mut grads: Vec<Option<Tensor>>| {
-        let has_decay = saved.has_decay();
-        let Some(d_o) = grads.swap_remove(0) else {
-            return Ok((0..3 + usize::from(has_decay)).map(|_| None).collect());
-        };
+        let Some(d_o) = grads.swap_remove(0) else { return Ok((0..wanted).map(|_| None).collect()) };
         let grads = linear::backward(&shard, mixer.as_ref(), saved, &d_o).map_err(Error::into_kernels)?.grads;
         let mut all = vec![Some(grads.dq), Some(grads.dk), Some(grads.dv)];
         all.extend(grads.dlog_decay.map(Some));
