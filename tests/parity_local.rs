@@ -1,7 +1,7 @@
 //! The parity list with ranks as threads.
 
 use collectives::local;
-use lasp_tests::{linear_cases, overlap, softmax_cases};
+use lasp_tests::{left_product_cases, linear_cases, overlap, scans, softmax_cases};
 
 const RANKS: [usize; 5] = [1, 2, 3, 4, 8];
 
@@ -10,7 +10,7 @@ fn linear_attention_on_every_rank() {
     tch::set_num_threads(1);
     for case in linear_cases() {
         for ranks in RANKS {
-            if let Err(error) = local::run(ranks, |group| case.check(&group)) {
+            if let Err(error) = local::run(ranks, |group| case.check(&group, &scans(&group)?)) {
                 panic!("{}: {error}", case.name);
             }
         }
@@ -29,6 +29,18 @@ fn the_all_gather_hides_behind_intra_rank_work() {
 fn softmax_attention_on_every_rank() {
     tch::set_num_threads(1);
     for case in softmax_cases() {
+        for ranks in RANKS {
+            if let Err(error) = local::run(ranks, |group| case.check(&group)) {
+                panic!("{}: {error}", case.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn left_products_on_every_rank() {
+    tch::set_num_threads(1);
+    for case in left_product_cases() {
         for ranks in RANKS {
             if let Err(error) = local::run(ranks, |group| case.check(&group)) {
                 panic!("{}: {error}", case.name);

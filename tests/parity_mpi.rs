@@ -17,10 +17,14 @@ fn on_this_rank() -> anyhow::Result<()> {
     tch::set_num_threads(1);
     let mpi = mpi::init()?;
     let world = mpi.world();
+    let scans = lasp_tests::scans(&world)?;
     for case in lasp_tests::linear_cases() {
-        case.check(&world)?;
+        case.check(&world, &scans)?;
     }
     for case in lasp_tests::softmax_cases() {
+        case.check(&world)?;
+    }
+    for case in lasp_tests::left_product_cases() {
         case.check(&world)?;
     }
     // With more ranks than cores there is no compute to hide behind.

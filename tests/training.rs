@@ -95,6 +95,25 @@ fn losses_do_not_depend_on_the_ranks() -> Result<()> {
 }
 
 #[test]
+fn losses_do_not_depend_on_the_scan() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let corpus = corpus(folder.path())?;
+    for layout in ["contiguous", "zigzag"] {
+        let with = |method: &str| -> Result<Vec<StepRecord>> {
+            let (layout, method) = (format!("parallel.layout={layout}"), format!("parallel.linear_method={method}"));
+            let settings = ["model.decay=token", "train.dtype=f64", "parallel.sp=4", &layout, &method];
+            train(tempfile::tempdir_in(&folder)?.path(), &config(&corpus, &settings, 4)?, 4, false)
+        };
+        let lasp2 = with("lasp2")?;
+        for method in ["lasp2:splits=3", "lasp2:truncate", "lasp1", "all_scan:blocks=3", "hierarchical:node=2"] {
+            let error = worst(&with(method)?, &lasp2);
+            assert!(error <= 1e-9, "{method} {layout}: losses differ from lasp2's by {error:.1e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_resumed_run_is_the_run_that_was_not_interrupted() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let corpus = corpus(folder.path())?;
@@ -150,7 +169,8 @@ fn decoding_equals_the_training_forward() -> Result<()> {
         let whole = local::run(1, |group| -> Result<Tensor> {
             let _guard = tch::no_grad_guard();
             let plan = Plan::new(Layout::new(config.parallel.layout, 77, 1)?, None, 0)?;
-            let shard = Shard { group, plan, scan: method::scan("lasp2")?, attention: method::attention("lasp2h")? };
+            let (linear, attention) = (method::linear("lasp2", &group)?, method::attention("lasp2h")?);
+            let shard = Shard { group, plan, linear, attention };
             let rope = config.model.rope_base;
             let context = Context::new(shard.into(), config.model.head_dim(), rope, Kind::Float, Device::Cpu)?;
             let hidden = model_forward(&config, &context, &tokens)?;

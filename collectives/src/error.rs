@@ -43,12 +43,21 @@ pub enum Error {
     )]
     Mesh { dp: usize, sp: usize, world: usize },
 
+    #[error("{op} of {bytes} bytes on group {group}: ranks {ranks:?} got a wrong result, so there are no figures")]
+    WrongResult { op: &'static str, bytes: u64, group: Arc<str>, ranks: Vec<usize> },
+
     /// `rank` counts in the world, whatever the group in which its failure was noticed.
     #[error("rank {rank} failed: {message}")]
     RankFailed { rank: usize, message: String },
 
     #[error("{op} on group {group}: this rank's progress thread has ended; communicate only while the job runs")]
     Stopped { op: &'static str, group: Arc<str> },
+
+    #[error(
+        "network `{text}`: {problem}; a network is the ranks on a node, and latency/bandwidth within a node and between \
+         nodes, as in `node=4,intra=2us/100GB/s,inter=20us/10GB/s`"
+    )]
+    Network { text: String, problem: String },
 
     #[error("a local run needs at least 1 rank, found 0")]
     NoRanks,

@@ -8,7 +8,7 @@ use crate::{
     pending::promise,
     progress::{Face, Job, Outcome, Queue, stopped},
 };
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Instant};
 use tch::{Kind, Tensor};
 
 /// Some ranks that communicate. Cheap to clone; clones are the same communicator.
@@ -218,13 +218,14 @@ impl Group {
     }
 
     fn issue(&self, call: Call, input: Option<&Tensor>, name: Option<Arc<str>>) -> Result<Pending<Outcome>> {
+        let issued = Instant::now();
         let input = input.map(Tensor::f_detach).transpose()?;
         let op = call.op.name();
         let group = self.face.name.clone();
         let recorder = self.line.recorder.clone();
         let seq = recorder.issued(group.clone(), op, call.bytes(self.rank(), self.size()));
         let (promise, receipt) = promise(op, group.clone());
-        self.line.queue.push(Job { face: self.face.clone(), call, input, name, promise, seq });
+        self.line.queue.push(Job { face: self.face.clone(), call, input, name, promise, seq, issued });
         Ok(Pending::coming(receipt.arrived(), move || {
             let from = recorder.now();
             let result = receipt.take();

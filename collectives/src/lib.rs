@@ -13,6 +13,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod bench;
 mod error;
 mod group;
 pub mod local;

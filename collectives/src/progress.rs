@@ -11,11 +11,15 @@ use crate::{
 };
 use std::{
     collections::VecDeque,
+    hint,
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tch::{Device, Tensor};
+
+/// A thread that sleeps wakes so much too late, or a little less. For something due it sleeps until so much before.
+const OVERSLEPT: Duration = Duration::from_micros(100);
 
 /// One rank's view of a group, as all threads of the rank know it.
 pub(crate) struct Face {
@@ -30,8 +34,9 @@ pub(crate) struct Face {
 pub(crate) trait Wire {
     /// Begins a step. The first step of an operation brings the call, on which all ranks must agree before any data is
     /// looked at; further steps bring none. Sends and receives between two ranks of a group match in order, and a send
-    /// never waits for its receiver.
-    fn begin(&mut self, face: &Arc<Face>, call: Option<Call>, step: Step) -> Result<Box<dyn Transfer>>;
+    /// never waits for its receiver. `issued`: when the rank asked for the operation.
+    fn begin(&mut self, face: &Arc<Face>, call: Option<Call>, step: Step, issued: Instant)
+    -> Result<Box<dyn Transfer>>;
 
     /// Makes a group from the ranks of `parent` that share `color`; all ranks of `parent` are here at the same time.
     fn split(&mut self, parent: &Arc<Face>, name: &Arc<str>, color: i64, key: i64, place: Place) -> Result<Face>;
@@ -53,6 +58,11 @@ pub(crate) trait Wire {
 pub(crate) trait Transfer {
     /// The step's flat result, once it is there; steps without one give an empty tensor. Never blocks.
     fn poll(&mut self) -> Result<Option<Tensor>>;
+
+    /// Where the last poll found that only time must pass: when to poll again.
+    fn due(&self) -> Option<Instant> {
+        None
+    }
 }
 
 /// Where a rank stands in a group that a split makes.
@@ -71,6 +81,7 @@ pub(crate) struct Job {
     pub name: Option<Arc<str>>,
     pub promise: Promise<Outcome>,
     pub seq: u64,
+    pub issued: Instant,
 }
 
 pub(crate) enum Outcome {
@@ -148,6 +159,35 @@ struct Running {
     op: Op,
     bytes: (u64, u64),
     seq: u64,
+    issued: Instant,
+}
+
+/// Waits for something due sooner than a sleeping thread would wake. Other threads go first, unless they keep the core:
+/// one that computes does so for milliseconds. Then, for a while, this waits without letting go.
+#[derive(Default)]
+struct Nap {
+    /// Naps to take before others are let go first again.
+    awake: u32,
+}
+
+impl Nap {
+    /// Longer than a round of threads that only wait.
+    const KEPT: Duration = Duration::from_micros(300);
+    /// Some milliseconds of naps.
+    const AWAKE: u32 = 5000;
+
+    fn take(&mut self) {
+        if self.awake > 0 {
+            self.awake -= 1;
+            (0..32).for_each(|_| hint::spin_loop());
+            return;
+        }
+        let before = Instant::now();
+        thread::yield_now();
+        if before.elapsed() > Nap::KEPT {
+            self.awake = Nap::AWAKE;
+        }
+    }
 }
 
 /// Runs until the queue is closed and everything enqueued has ended.
@@ -161,6 +201,7 @@ pub(crate) fn run(queue: &Queue, recorder: &Recorder, wire: &mut dyn Wire) {
     let mut closed = false;
     let mut left = false;
     let mut polls = 0;
+    let mut nap = Nap::default();
     loop {
         closed = queue.collect(&mut inbox, wait, closed);
         let mut moved = false;
@@ -206,10 +247,19 @@ pub(crate) fn run(queue: &Queue, recorder: &Recorder, wire: &mut dyn Wire) {
             }
         }
         polls = if moved { 0 } else { polls + 1 };
-        wait = match wire.patience(polls) {
+        let due = collective.iter().chain(&messages).filter_map(|running| running.transfer.due()).min();
+        let patience = match due {
+            Some(due) => Some(due.saturating_duration_since(Instant::now()).saturating_sub(OVERSLEPT)),
+            None => wire.patience(polls),
+        };
+        wait = match patience {
             _ if moved => Wait::Not,
             Some(Duration::ZERO) if busy => {
-                thread::yield_now();
+                if due.is_some() {
+                    nap.take()
+                } else {
+                    thread::yield_now()
+                }
                 Wait::Not
             }
             Some(time) if busy => Wait::For(time),
@@ -221,7 +271,7 @@ pub(crate) fn run(queue: &Queue, recorder: &Recorder, wire: &mut dyn Wire) {
 /// Prepares the input and begins the first step; a job that fails already is ended here.
 fn begin(job: Job, recorder: &Recorder, wire: &mut dyn Wire) -> Option<Running> {
     recorder.started(job.seq);
-    let Job { face, call, input, name, promise, seq } = job;
+    let Job { face, call, input, name, promise, seq, issued } = job;
     let op = call.op;
     let bytes = call.bytes(face.rank, face.size);
     let device = input.as_ref().map_or(Device::Cpu, Tensor::device);
@@ -232,12 +282,12 @@ fn begin(job: Job, recorder: &Recorder, wire: &mut dyn Wire) -> Option<Running> 
         };
         let program = Program::new(call.clone(), face.rank, face.size);
         let step = program.first(x)?;
-        let transfer = wire.begin(&face, Some(call), step)?;
+        let transfer = wire.begin(&face, Some(call), step, issued)?;
         Ok((program, transfer))
     };
     match first() {
         Ok((program, transfer)) => {
-            Some(Running { face, program, transfer, split: name, device, promise, op, bytes, seq })
+            Some(Running { face, program, transfer, split: name, device, promise, op, bytes, seq, issued })
         }
         Err(error) => {
             recorder.ended(seq, face.name.clone(), op.name(), bytes, false);
@@ -255,7 +305,7 @@ impl Running {
     fn advance(&mut self, wire: &mut dyn Wire) -> Result<Option<Outcome>> {
         while let Some(arrived) = self.transfer.poll()? {
             match self.program.then(arrived)? {
-                Next::Step(step) => self.transfer = wire.begin(&self.face, None, step)?,
+                Next::Step(step) => self.transfer = wire.begin(&self.face, None, step, self.issued)?,
                 Next::Done(result) => {
                     let Some(name) = &self.split else {
                         return Ok(Some(Outcome::Tensor(result.f_to_device(self.device)?)));

@@ -7,6 +7,7 @@ mod atomic;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod estimate;
 pub mod generate;
 mod mapped;
 pub mod metrics;

@@ -138,6 +138,7 @@ fn broken_rules_name_the_knob_and_the_numbers() {
         ("train.minutes=-1", "0 (no limit) or more"),
         ("parallel.dp=2", "a multiple of parallel.dp x train.micro_batch = 2 x 1"),
         ("parallel.linear_method=lasp3", "\"lasp2\""),
+        ("parallel.linear_method=all_scan:blocks=0", "all_scan:blocks=N with a whole number N of at least 1"),
         ("optimizer.lr=0", "a number above 0"),
         ("optimizer.lr=nan", "a number above 0"),
         ("optimizer.min_lr=1", "between 0 and optimizer.lr = 0.003"),
@@ -154,6 +155,13 @@ fn broken_rules_name_the_knob_and_the_numbers() {
         message("[model]\nheads = 3", &[]),
         "model.heads in quickstart.toml: found 3, expected a divisor of model.dim = 256"
     );
+}
+
+#[test]
+fn methods_take_their_settings_along() {
+    let settings = ["parallel.linear_method=all_scan:blocks=8".to_owned()];
+    let config = Config::from_toml_str("", "quickstart.toml", &settings).unwrap();
+    assert_eq!(config.parallel.linear_method, "all_scan:blocks=8");
 }
 
 #[test]
@@ -178,6 +186,24 @@ fn ranks_fill_in_the_degrees_left_open() {
     assert!(resolve(&["parallel.sp=16"], 8).0.is_err());
     let batch = resolve(&["parallel.sp=2", "parallel.dp=0", "train.batch=6"], 8).0.unwrap_err();
     assert!(batch.contains("train.batch = 6") && batch.contains("dp = 4"), "{batch}");
+}
+
+#[test]
+fn methods_that_do_not_fit_are_refused() {
+    let found = message("", &["parallel.linear_method=ring_left_product", "model.decay=token"]);
+    assert!(found.contains("found \"ring_left_product\", expected a method that carries states"), "{found}");
+    assert!(load("", &["parallel.linear_method=ring_left_product", "model.decay=retention"]).is_ok());
+
+    let heads = ["model.heads=12", "model.kv_heads=3", "model.dim=96", "parallel.softmax_method=ulysses"];
+    let mut config = load("", &heads).unwrap();
+    assert_eq!(
+        config.resolve_ranks(8).unwrap_err().to_string(),
+        "ulysses needs the sp degree to divide the heads: 12 heads, sp = 8 (parallel.sp); use lasp2h, or one of \
+         1, 2, 3, 4, 6, 12"
+    );
+    assert!(config.resolve_ranks(6).is_ok());
+    // Nothing to divide where no layer is softmax.
+    assert!(load("", &[&heads[..], &["model.pattern=L"]].concat()).unwrap().resolve_ranks(8).is_ok());
 }
 
 #[test]

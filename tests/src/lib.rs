@@ -1,19 +1,22 @@
 //! The parity list of algorithms.md, section 7: one operator on one sharded sequence, every rank's outputs and gradients
 //! against the f64 oracle over the whole sequence. The back ends run the same list.
 
+mod left_product;
 mod linear;
 pub mod mpirun;
 pub mod overlap;
 mod softmax;
+pub mod training;
 
 use anyhow::Result;
 use collectives::Group;
 use kernels::testing::{assert_close_at, rms};
 use runtime::config::LayoutKind;
-use runtime::sequence::{Layout, Plan};
+use runtime::sequence::{Bytes, Layout, Plan};
 use tch::{Device, Kind, Tensor};
 
-pub use linear::{LinearCase, linear_cases};
+pub use left_product::{LeftProductCase, left_product_cases};
+pub use linear::{LinearCase, Scans, linear_cases, scans};
 pub use softmax::{SoftmaxCase, softmax_cases};
 
 pub const LAYOUTS: [LayoutKind; 2] = [LayoutKind::Contiguous, LayoutKind::Zigzag];
@@ -83,6 +86,12 @@ pub fn randn(seed: u64, shape: &[i64]) -> Tensor {
 pub fn plan(group: &Group, sizes: &Sizes, layout: LayoutKind) -> Result<Plan> {
     let layout = Layout::new(layout, sizes.tokens, group.size())?;
     Ok(Plan::new(layout, sizes.cu_seqlens().as_deref(), group.rank())?)
+}
+
+/// What this rank has sent and received since its recorder was cleared.
+pub fn moved(group: &Group) -> Bytes {
+    let totals = group.recorder().totals();
+    Bytes { sent: totals.bytes_sent, received: totals.bytes_received }
 }
 
 /// Compares this rank's tokens with those of the whole. A share that is zero but for rounding is held against a hundredth of

@@ -17,8 +17,8 @@ const ROUNDS: usize = 5;
 pub fn check(group: &Group) -> Result<()> {
     let tokens = 8192 * group.size() as i64;
     let plan = Plan::new(Layout::new(LayoutKind::Contiguous, tokens, group.size())?, None, group.rank())?;
-    let shard =
-        Shard { group: group.clone(), plan, scan: method::scan("lasp2")?, attention: method::attention("lasp2h")? };
+    let (linear, attention) = (method::linear("lasp2", group)?, method::attention("lasp2h")?);
+    let shard = Shard { group: group.clone(), plan, linear, attention };
     let random = || Tensor::randn([1, 8192, 8, 64], (Kind::Float, Device::Cpu));
     let mixer = Arc::new(Chunkwise::new(64, 1.0)?);
     let mut hidden = [0, 0];

@@ -1,16 +1,17 @@
-//! Softmax attention over ranks: grouped queries, causal and full, documents, and the autograd node.
+//! Softmax attention over ranks, every method: grouped queries, causal and full, documents, the autograd node, and the bytes
+//! that the formulas promise.
 
 use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Result;
 use collectives::Group;
 use kernels::softmax::{Tile, oracle};
+use runtime::config::LayoutKind;
 use runtime::sequence::attention::{Attention, Inputs, Lasp2h};
-use runtime::sequence::scan::Lasp2;
-use runtime::sequence::{Shard, softmax_attention};
+use runtime::sequence::{LayerSizes, Shard, method, softmax_attention};
 use tch::{Kind, Tensor};
 
-use crate::{LAYOUTS, Sizes, close, leaf, plan, randn, sizes, tolerance};
+use crate::{LAYOUTS, Sizes, close, leaf, moved, plan, randn, sizes, tolerance};
 
 const SCALE: f64 = 0.3;
 /// A token that sees only itself has dq = dk = 0 but for rounding, and inputs are of order 1.
@@ -27,12 +28,20 @@ pub struct SoftmaxCase {
 
 pub fn softmax_cases() -> Vec<SoftmaxCase> {
     let mut cases = Vec::new();
+    let mut add = |sizes: &Sizes, kind, causal| {
+        let name = format!("softmax, causal {causal}, {kind:?}, {sizes:?}");
+        cases.push(SoftmaxCase { name, sizes: sizes.clone(), causal, kind, truth: OnceLock::new() });
+    };
     for (i, mut sizes) in sizes().into_iter().enumerate() {
         sizes.kv_heads = [4, 2, 1][i % 3];
         for (kind, causal) in [(Kind::Double, true), (Kind::Float, true), (Kind::Double, false)] {
-            let name = format!("softmax, causal {causal}, {kind:?}, {sizes:?}");
-            cases.push(SoftmaxCase { name, sizes: sizes.clone(), causal, kind, truth: OnceLock::new() });
+            add(&sizes, kind, causal);
         }
+    }
+    // Heads that 2, 3, 4 and 8 divide, in groups that fit the cut (12), that it cuts (6, 3), and of one head.
+    for (kv_heads, documents) in [(24, None), (12, Some(vec![9, 21, 7])), (6, None), (3, Some(vec![30, 0, 7]))] {
+        let sizes = Sizes { b: 1, tokens: 37, h: 24, kv_heads, dk: 6, dv: 5, documents };
+        add(&sizes, Kind::Double, true);
     }
     cases
 }
@@ -62,43 +71,93 @@ impl SoftmaxCase {
         truth.lock().unwrap().each_ref().map(Tensor::shallow_clone)
     }
 
-    /// Runs on every rank of `group`, on both layouts; panics where it differs.
+    /// Runs on every rank of `group`, every method on both layouts; panics where it differs.
     pub fn check(&self, group: &Group) -> Result<()> {
-        let truth = self.truth();
-        let tolerance = tolerance(self.kind);
-        for layout in LAYOUTS {
-            let plan = plan(group, &self.sizes, layout)?;
-            let [q, k, v, d_o] = self.tensors().map(|t| plan.layout.shard(&t, 1, group.rank()).expect("a shard"));
-            let attention = Arc::new(Lasp2h { stages: 2 });
-            let shard = Arc::new(Shard {
-                group: group.clone(),
-                plan: plan.clone(),
-                scan: Arc::new(Lasp2),
-                attention: attention.clone(),
-            });
-            let name = |what: &str| {
-                let (rank, size, backend) = (group.rank(), group.size(), group.backend());
-                format!("{what}, rank {rank} of {size}, {backend} {layout:?}, {}", self.name)
+        for name in method::ATTENTIONS {
+            let attention: Arc<dyn Attention> = match *name {
+                "lasp2h" => Arc::new(Lasp2h { stages: 2 }),
+                name => method::attention(name)?,
             };
-            let forward = attention.forward(&shard, &Inputs::new(&q, &k, &v, SCALE, self.causal)?)?;
-            let grads = attention.backward(&shard, forward.saved, &d_o)?;
-            for (what, ours, truth) in [
-                ("o", &forward.o, &truth[0]),
-                ("dq", &grads.dq, &truth[1]),
-                ("dk", &grads.dk, &truth[2]),
-                ("dv", &grads.dv, &truth[3]),
-            ] {
-                close(&name(what), &plan, ours, truth, FLOOR, tolerance)?;
-            }
-            if self.causal {
-                let (q, k, v) = (leaf(&q), leaf(&k), leaf(&v));
-                let o = softmax_attention(&shard, &q, &k, &v, SCALE)?;
-                kernels::bridge::backward(&o, &d_o)?;
-                close(&name("dq of the node"), &plan, &q.grad(), &truth[1], FLOOR, tolerance)?;
-                close(&name("dk of the node"), &plan, &k.grad(), &truth[2], FLOOR, tolerance)?;
-                close(&name("dv of the node"), &plan, &v.grad(), &truth[3], FLOOR, tolerance)?;
+            for layout in LAYOUTS {
+                if *name == "ulysses" && self.sizes.h % group.size() as i64 != 0 {
+                    self.is_refused(group, layout, attention.clone())?;
+                } else {
+                    self.check_method(group, layout, name, attention.clone())?;
+                }
             }
         }
+        Ok(())
+    }
+
+    fn check_method(
+        &self,
+        group: &Group,
+        layout: LayoutKind,
+        method: &str,
+        attention: Arc<dyn Attention>,
+    ) -> Result<()> {
+        let truth = self.truth();
+        let tolerance = tolerance(self.kind);
+        let (shard, [q, k, v, d_o]) = self.shard(group, layout, attention.clone())?;
+        let plan = &shard.plan;
+        let name = |what: &str| {
+            let (rank, size, backend) = (group.rank(), group.size(), group.backend());
+            format!("{what}, {method}, rank {rank} of {size}, {backend} {layout:?}, {}", self.name)
+        };
+        let Sizes { b, h, kv_heads, dk, dv, .. } = self.sizes;
+        let layer = LayerSizes { b, heads: h, kv_heads, dk, dv, kind: self.kind };
+        let traffic = attention.traffic(plan, &layer);
+        group.recorder().clear();
+        let forward = attention.forward(&shard, &Inputs::new(&q, &k, &v, SCALE, self.causal)?)?;
+        assert_eq!(moved(group), traffic.forward, "{}", name("bytes of forward"));
+        group.recorder().clear();
+        let grads = attention.backward(&shard, forward.saved, &d_o)?;
+        assert_eq!(moved(group), traffic.backward, "{}", name("bytes of backward"));
+        for (what, ours, truth) in [
+            ("o", &forward.o, &truth[0]),
+            ("dq", &grads.dq, &truth[1]),
+            ("dk", &grads.dk, &truth[2]),
+            ("dv", &grads.dv, &truth[3]),
+        ] {
+            assert_eq!(ours.kind(), self.kind, "{}", name(what));
+            close(&name(what), plan, ours, truth, FLOOR, tolerance)?;
+        }
+        if self.causal {
+            let (q, k, v) = (leaf(&q), leaf(&k), leaf(&v));
+            let o = softmax_attention(&shard, &q, &k, &v, SCALE)?;
+            kernels::bridge::backward(&o, &d_o)?;
+            close(&name("dq of the node"), plan, &q.grad(), &truth[1], FLOOR, tolerance)?;
+            close(&name("dk of the node"), plan, &k.grad(), &truth[2], FLOOR, tolerance)?;
+            close(&name("dv of the node"), plan, &v.grad(), &truth[3], FLOOR, tolerance)?;
+        }
+        Ok(())
+    }
+
+    /// This rank's q, k, v and do.
+    fn shard(
+        &self,
+        group: &Group,
+        layout: LayoutKind,
+        attention: Arc<dyn Attention>,
+    ) -> Result<(Arc<Shard>, [Tensor; 4])> {
+        let plan = plan(group, &self.sizes, layout)?;
+        let mine = self.tensors().map(|t| plan.layout.shard(&t, 1, group.rank()).expect("a shard"));
+        Ok((Arc::new(Shard { group: group.clone(), plan, linear: method::linear("lasp2", group)?, attention }), mine))
+    }
+
+    /// The number of ranks does not divide the heads: every rank says so before anything is sent.
+    fn is_refused(&self, group: &Group, layout: LayoutKind, attention: Arc<dyn Attention>) -> Result<()> {
+        let (shard, [q, k, v, _]) = self.shard(group, layout, attention.clone())?;
+        let (heads, sp) = (self.sizes.h, group.size());
+        let expected = format!(
+            "ulysses needs the sp degree to divide the heads: {heads} heads, sp = {sp} (parallel.sp); use lasp2h, or one \
+             of 1, 2, 4"
+        );
+        let error = match attention.forward(&shard, &Inputs::new(&q, &k, &v, SCALE, self.causal)?) {
+            Ok(_) => anyhow::bail!("{heads} heads on {sp} ranks were not refused"),
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(error, expected);
         Ok(())
     }
 }

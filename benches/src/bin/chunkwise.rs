@@ -92,7 +92,7 @@ fn main() -> Result<()> {
         let x = inputs(&o, o.tokens, decay)?;
         let d_o = Tensor::randn_like(&x.v);
         let mut forward = || -> Result<()> {
-            mixer.forward(&x, None)?.finish()?;
+            let _ = mixer.forward(&x, None)?.finish()?;
             Ok(())
         };
         let mut backward = || -> Result<()> {

@@ -1,6 +1,7 @@
 //! What the ranks of a local run share: for each group a board on which they leave their tensors for each other, and for
 //! the run the news of who has failed and who has left.
 
+use super::{delay::Delays, network::Network};
 use crate::{Error, Result, op::Call, pending::lock, progress::Queue};
 use std::{
     collections::HashMap,
@@ -8,6 +9,7 @@ use std::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 use tch::Tensor;
 
@@ -18,11 +20,13 @@ pub(super) struct Post {
     pub x: Tensor,
     /// How many elements of `x` are for each rank, where that differs.
     pub runs: Vec<i64>,
+    /// Since when it could have been on its way.
+    pub since: Instant,
 }
 
 impl Post {
     fn again(&self) -> Post {
-        Post { call: self.call.clone(), x: self.x.shallow_clone(), runs: self.runs.clone() }
+        Post { call: self.call.clone(), x: self.x.shallow_clone(), runs: self.runs.clone(), since: self.since }
     }
 }
 
@@ -38,14 +42,19 @@ struct BoardState {
     /// By number of the step; a round is taken down when all ranks have read it.
     rounds: HashMap<u64, Round>,
     /// By sender, receiver and number.
-    mail: HashMap<(usize, usize, u64), Post>,
+    mail: HashMap<(usize, usize, u64), Arriving<Post>>,
     /// Groups split off this one, by number of the step and color.
     children: HashMap<(u64, i64), Arc<Board>>,
 }
 
+/// Something that can be read, and when it is there in an emulated network.
+pub(super) type Arriving<T> = (T, Option<Instant>);
+
 struct Round {
     posts: Vec<Option<Post>>,
     readers: usize,
+    /// Set by the last post, in an emulated network.
+    due: Option<Instant>,
 }
 
 impl Board {
@@ -63,12 +72,17 @@ impl Board {
     pub(super) fn publish(&self, world: &World, round: u64, rank: usize, post: Post) {
         let complete = {
             let mut state = lock(&self.state);
-            let round = state
-                .rounds
-                .entry(round)
-                .or_insert_with(|| Round { posts: self.members.iter().map(|_| None).collect(), readers: 0 });
+            let round = state.rounds.entry(round).or_insert_with(|| Round {
+                posts: self.members.iter().map(|_| None).collect(),
+                readers: 0,
+                due: None,
+            });
             round.posts[rank] = Some(post);
-            round.posts.iter().all(Option::is_some)
+            let posts: Option<Vec<&Post>> = round.posts.iter().map(Option::as_ref).collect();
+            if let (Some(posts), Some(delays)) = (&posts, &world.delays) {
+                round.due = delays.collective(&self.members, posts);
+            }
+            posts.is_some()
         };
         if complete {
             self.ring(world);
@@ -76,13 +90,18 @@ impl Board {
     }
 
     /// All posts of a step in rank order, once every rank has published; an error if one never will.
-    pub(super) fn read(&self, world: &World, round: u64, what: &dyn Fn() -> String) -> Result<Option<Vec<Post>>> {
+    pub(super) fn read(
+        &self,
+        world: &World,
+        round: u64,
+        what: &dyn Fn() -> String,
+    ) -> Result<Option<Arriving<Vec<Post>>>> {
         // Who has left is asked before the posts are looked at, so that a rank's last post is never overlooked.
         let left: Vec<bool> = self.members.iter().map(|&m| world.left[m].load(Ordering::SeqCst)).collect();
         let state = lock(&self.state);
         let Some(round) = state.rounds.get(&round) else { return Ok(None) };
         if round.posts.iter().all(Option::is_some) {
-            return Ok(Some(round.posts.iter().flatten().map(Post::again).collect()));
+            return Ok(Some((round.posts.iter().flatten().map(Post::again).collect(), round.due)));
         }
         match round.posts.iter().zip(&left).position(|(post, &left)| post.is_none() && left) {
             Some(missing) => Err(world.gone(self.members[missing], what())),
@@ -113,8 +132,10 @@ impl Board {
 
     /// Makes a message visible to its receiver.
     pub(super) fn mail(&self, world: &World, from: usize, to: usize, number: u64, post: Post) {
-        lock(&self.state).mail.insert((from, to, number), post);
-        world.queues[self.members[to]].ring();
+        let (sender, receiver) = (self.members[from], self.members[to]);
+        let due = world.delays.as_ref().map(|delays| delays.message(sender, receiver, &post.x, post.since));
+        lock(&self.state).mail.insert((from, to, number), (post, due));
+        world.queues[receiver].ring();
     }
 
     pub(super) fn open(
@@ -122,7 +143,7 @@ impl Board {
         world: &World,
         (from, to, number): (usize, usize, u64),
         what: &dyn Fn() -> String,
-    ) -> Result<Option<Post>> {
+    ) -> Result<Option<Arriving<Post>>> {
         let left = world.left[self.members[from]].load(Ordering::SeqCst);
         match lock(&self.state).mail.remove(&(from, to, number)) {
             None if left => Err(world.gone(self.members[from], what())),
@@ -144,15 +165,18 @@ pub(super) struct World {
     left: Vec<AtomicBool>,
     failure: OnceLock<(usize, String)>,
     pub(super) board: Arc<Board>,
+    /// Only with an emulated network.
+    pub(super) delays: Option<Delays>,
 }
 
 impl World {
-    pub(super) fn new(ranks: usize) -> World {
+    pub(super) fn new(ranks: usize, network: Option<&Network>) -> World {
         World {
             queues: (0..ranks).map(|_| Arc::default()).collect(),
             left: (0..ranks).map(|_| AtomicBool::new(false)).collect(),
             failure: OnceLock::new(),
             board: Board::new((0..ranks).collect()),
+            delays: network.map(|network| Delays::new(*network, ranks)),
         }
     }
 

@@ -2,9 +2,16 @@
 //!
 //! [`run`] starts the ranks and collects their results. A rank that fails, by an error or a panic, ends the run: the
 //! others get [`Error::RankFailed`] from whatever they wait for, and from all they try afterwards.
+//!
+//! [`run_on`] does so on an emulated network: results come as late as on links of a given latency and bandwidth, while
+//! the ranks compute on. The formulas are in `delay.rs`.
 
 mod board;
+mod delay;
+mod network;
 mod wire;
+
+pub use network::{Link, Network};
 
 use crate::{Error, Group, Recorder, group::Line, progress};
 use std::{
@@ -25,10 +32,23 @@ where
     T: Send,
     E: From<Error> + Display + Send,
 {
+    run_on(None, ranks, body)
+}
+
+/// [`run`], with every message as slow as on `network`; `None`: as quick as this machine is.
+pub fn run_on<T, E>(
+    network: Option<&Network>,
+    ranks: usize,
+    body: impl Fn(Group) -> Result<T, E> + Sync,
+) -> Result<Vec<T>, E>
+where
+    T: Send,
+    E: From<Error> + Display + Send,
+{
     if ranks == 0 {
         return Err(Error::NoRanks.into());
     }
-    let world = Arc::new(board::World::new(ranks));
+    let world = Arc::new(board::World::new(ranks, network));
     let body = &body;
     let results: Vec<Result<T, E>> = thread::scope(|scope| {
         let started: Vec<_> = (0..ranks)

@@ -9,7 +9,11 @@ use crate::{
     program::Step,
     progress::{Face, Place, Transfer, Wire, fresh, nothing},
 };
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tch::{Kind, Tensor};
 
 /// So many polls are tried at once, a few microseconds in all, ...
@@ -63,7 +67,13 @@ impl MpiWire {
 }
 
 impl Wire for MpiWire {
-    fn begin(&mut self, face: &Arc<Face>, call: Option<Call>, step: Step) -> Result<Box<dyn Transfer>> {
+    fn begin(
+        &mut self,
+        face: &Arc<Face>,
+        call: Option<Call>,
+        step: Step,
+        _issued: Instant,
+    ) -> Result<Box<dyn Transfer>> {
         if let Some(error) = self.broken.take() {
             return Err(error);
         }

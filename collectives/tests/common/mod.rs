@@ -5,6 +5,7 @@
 mod faults;
 mod flight;
 mod moves;
+mod timings;
 
 use anyhow::Result;
 use collectives::{Group, Kind, Tensor};
@@ -29,6 +30,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("a_rank_checks_its_own_arguments", faults::a_rank_checks_its_own_arguments),
     ("mismatches_are_named_on_every_rank", faults::mismatches_are_named_on_every_rank),
     ("a_message_must_be_as_expected", faults::a_message_must_be_as_expected),
+    ("the_benchmark_runs", timings::the_benchmark_runs),
 ];
 
 pub const KINDS: [Kind; 4] = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Int64];

@@ -1,7 +1,7 @@
 //! The few things that tch lacks, through a small C++ file: an autograd node whose backward is Rust, backward from
 //! a given gradient, activation checkpointing built on the two, and opening libtorch_cuda at run time.
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tch::Tensor;
@@ -44,6 +44,7 @@ unsafe extern "C" {
     fn lasp_open_cuda() -> *mut c_char;
     fn lasp_free(message: *mut c_char);
     fn strdup(text: *const c_char) -> *mut c_char;
+    safe fn _exit(status: c_int) -> !;
 }
 
 /// What a node holds until its backward has run.
@@ -93,6 +94,12 @@ pub fn checkpoint(x: &Tensor, block: impl Fn(&Tensor) -> Result<Tensor> + Send +
 pub fn open_cuda() -> Result<()> {
     // SAFETY: opens a shared library that libtorch itself is made to load in this way.
     unsafe { check(lasp_open_cuda()) }
+}
+
+/// Ends this process at once, whatever its other threads do. `std::process::exit` would first destroy libtorch's globals,
+/// and threads that still compute then crash.
+pub fn exit(status: i32) -> ! {
+    _exit(status)
 }
 
 unsafe extern "C" fn call_backward(

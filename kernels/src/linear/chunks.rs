@@ -118,7 +118,7 @@ impl ChunkDecay {
     }
 
     /// `x_i e^{b_i}`: x seen from the chunk's start. `x`: `[n G, C, K]`.
-    pub fn from_start(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn seen_from_start(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
             Self::None => x.shallow_clone(),
             Self::Scalar { b, .. } => x.f_mul(&factor(b.shallow_clone(), x.kind())?.f_unsqueeze(-1)?)?,
@@ -127,7 +127,7 @@ impl ChunkDecay {
     }
 
     /// `x_i e^{B - b_i}`: x seen from the chunk's end. `x`: `[n G, C, K]`.
-    pub fn from_end(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn seen_from_end(&self, x: &Tensor) -> Result<Tensor> {
         let rest = |b: &Tensor| -> Result<Tensor> {
             let last = b.f_narrow(1, b.size()[1] - 1, 1)?;
             factor(last.f_sub(b)?, x.kind())
@@ -283,7 +283,7 @@ impl Chunked {
         let slots = self.slots()?;
         self.put_edge(&mut slots.f_select(0, 0)?, entry)?;
         let sums = slots.f_narrow(0, 1, self.shape.n)?.f_view(self.flat())?;
-        let _ = self.decay.from_end(&self.k)?.f_transpose(1, 2)?.f_bmm_out(&sums, &self.v)?;
+        let _ = self.decay.seen_from_end(&self.k)?.f_transpose(1, 2)?.f_bmm_out(&sums, &self.v)?;
         self.decay.recur(&slots, false)?;
         Ok(slots)
     }
@@ -293,7 +293,7 @@ impl Chunked {
         let slots = self.slots()?;
         self.put_edge(&mut slots.f_select(0, self.shape.n)?, None)?;
         let sums = slots.f_narrow(0, 0, self.shape.n)?.f_view(self.flat())?;
-        let _ = self.decay.from_start(&self.q)?.f_transpose(1, 2)?.f_bmm_out(&sums, d_o)?;
+        let _ = self.decay.seen_from_start(&self.q)?.f_transpose(1, 2)?.f_bmm_out(&sums, d_o)?;
         self.decay.recur(&slots, true)?;
         Ok(slots)
     }

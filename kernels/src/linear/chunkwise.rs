@@ -25,6 +25,10 @@ impl Chunkwise {
         }
         Ok(Self { chunk, scale })
     }
+
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
 }
 
 impl StateMixer for Chunkwise {
@@ -100,7 +104,7 @@ impl ForwardSegment for ForwardChunks {
         for at in x.parts() {
             let (part, mut o) = (x.part(at)?, x.rows(&o, at)?);
             let _ = scores(&part)?.f_bmm_out(&o, &part.v)?;
-            let _ = o.f_baddbmm_(&part.decay.from_start(&part.q)?, &part.per_chunk(&states, at.0)?)?;
+            let _ = o.f_baddbmm_(&part.decay.seen_from_start(&part.q)?, &part.per_chunk(&states, at.0)?)?;
         }
         self.o = Some(o);
         Ok(())
@@ -115,7 +119,7 @@ impl ForwardSegment for ForwardChunks {
             let part = x.part(at)?;
             let here = distances.as_ref().map(|d| d.f_narrow(0, at.0, at.1)).transpose()?;
             let entries = part.decay.spread(&entry, here.as_ref(), at.1)?;
-            let _ = x.rows(&o, at)?.f_baddbmm_(&part.decay.from_start(&part.q)?, &entries)?;
+            let _ = x.rows(&o, at)?.f_baddbmm_(&part.decay.seen_from_start(&part.q)?, &entries)?;
         }
         Ok(())
     }
@@ -193,8 +197,8 @@ impl BackwardSegment for BackwardChunks {
             let (entries, exits) = (x.per_chunk(&states, at.0)?, x.per_chunk(&grads, at.0 + 1)?);
 
             // What comes through the chunk's entry and exit, then what comes from inside it.
-            let mut dq = x.decay.from_start(&d_o.f_bmm(&entries.f_transpose(1, 2)?)?)?;
-            let mut dk = x.decay.from_end(&x.v.f_bmm(&exits.f_transpose(1, 2)?)?)?;
+            let mut dq = x.decay.seen_from_start(&d_o.f_bmm(&entries.f_transpose(1, 2)?)?)?;
+            let mut dk = x.decay.seen_from_end(&x.v.f_bmm(&exits.f_transpose(1, 2)?)?)?;
             let through = if self.decay_grad {
                 let entry = over_channels(&x, &x.q.f_mul(&dq)?)?.f_flip([1])?.f_cumsum(1, x.kind)?.f_flip([1])?;
                 Some(exit_decay_grad(&x, &x.k.f_mul(&dk)?, &exits, &entries)?.f_add_(&entry)?)
@@ -203,7 +207,7 @@ impl BackwardSegment for BackwardChunks {
             };
             let a = scores(&x)?;
             let mut dv = self.x.rows(&all_dv, at)?;
-            let _ = x.decay.from_end(&x.k)?.f_bmm_out(&dv, &exits)?;
+            let _ = x.decay.seen_from_end(&x.k)?.f_bmm_out(&dv, &exits)?;
             let _ = dv.f_baddbmm_(&a.f_transpose(1, 2)?, &d_o)?;
             let d_a = d_o.f_bmm(&x.v.f_transpose(1, 2)?)?;
             let inside = add_score_grads(&x, &a, d_a, &mut dq, &mut dk, self.decay_grad)?;
@@ -230,8 +234,8 @@ impl BackwardSegment for BackwardChunks {
             let x = x.part(at)?;
             let here = distances.as_ref().map(|d| d.f_narrow(0, at.0, at.1)).transpose()?;
             let exits = x.decay.spread(&exit, here.as_ref(), at.1)?;
-            let dk = x.decay.from_end(&x.v.f_bmm(&exits.f_transpose(1, 2)?)?)?;
-            let _ = self.x.rows(&done.dv, at)?.f_baddbmm_(&x.decay.from_end(&x.k)?, &exits)?;
+            let dk = x.decay.seen_from_end(&x.v.f_bmm(&exits.f_transpose(1, 2)?)?)?;
+            let _ = self.x.rows(&done.dv, at)?.f_baddbmm_(&x.decay.seen_from_end(&x.k)?, &exits)?;
             if let Some((dg, states)) = &done.dg {
                 let more = exit_decay_grad(&x, &x.k.f_mul(&dk)?, &exits, &x.per_chunk(states, at.0)?)?;
                 let _ = self.x.rows(dg, at)?.f_add_(&more)?;

@@ -8,6 +8,7 @@
 mod chunks;
 pub mod chunkwise;
 pub mod full;
+pub mod left_product;
 pub mod oracle;
 mod scores;
 

@@ -14,7 +14,8 @@ const SCORES: i64 = 1 << 26;
 
 /// [`super::forward`], computed by this file whatever the device.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, tiles: &[Tile], scale: f64) -> Result<(Tensor, Tensor)> {
-    forward_with(Engine::Blockwise, q, k, v, tiles, scale)
+    let (o, lse) = forward_with(Engine::Blockwise, q, k, v, tiles, scale)?;
+    Ok((o.f_to_kind(q.kind())?, lse))
 }
 
 /// [`super::backward`], computed by this file whatever the device.
@@ -29,7 +30,8 @@ pub fn backward(
     tiles: &[Tile],
     scale: f64,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    backward_with(Engine::Blockwise, q, k, v, o, lse, d_o, tiles, scale)
+    let (dq, dk, dv) = backward_with(Engine::Blockwise, q, k, v, o, lse, d_o, tiles, scale)?;
+    Ok((dq.f_to_kind(q.kind())?, dk, dv))
 }
 
 /// `inputs` in f32 or f64, with at least one query and one key.

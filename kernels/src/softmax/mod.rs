@@ -70,6 +70,12 @@ impl Engine {
 ///
 /// Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 1.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, tiles: &[Tile], scale: f64) -> Result<(Tensor, Tensor)> {
+    let (o, lse) = forward_partial(q, k, v, tiles, scale)?;
+    Ok((o.f_to_kind(q.kind())?, lse))
+}
+
+/// [`forward`] over some of the keys: `o` stays in the accumulation kind, so that [`merge`] rounds nothing.
+pub fn forward_partial(q: &Tensor, k: &Tensor, v: &Tensor, tiles: &[Tile], scale: f64) -> Result<(Tensor, Tensor)> {
     forward_with(Engine::of(q.device()), q, k, v, tiles, scale)
 }
 
@@ -88,6 +94,23 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, tiles: &[Tile], scale: f64) -
 /// Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 2.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    d_o: &Tensor,
+    tiles: &[Tile],
+    scale: f64,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let (dq, dk, dv) = backward_partial(q, k, v, o, lse, d_o, tiles, scale)?;
+    Ok((dq.f_to_kind(q.kind())?, dk, dv))
+}
+
+/// [`backward`] over some of the keys: `dq` too stays in the accumulation kind, since those of other keys are still to
+/// be added.
+#[allow(clippy::too_many_arguments)]
+pub fn backward_partial(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
@@ -131,6 +154,7 @@ fn merge_rows(o1: &Tensor, lse1: &Tensor, o2: &Tensor, lse2: &Tensor) -> Result<
     Ok((o, lse))
 }
 
+/// `o` and `lse` in the accumulation kind.
 fn forward_with(
     engine: Engine,
     q: &Tensor,
@@ -158,9 +182,10 @@ fn forward_with(
         on_q(&o)?.f_copy_(&tile_o)?;
         on_q(&lse)?.f_copy_(&tile_lse)?;
     }
-    Ok((layout.restore_queries(&o)?.f_to_kind(q.kind())?, layout.restore_rows(&lse)?))
+    Ok((layout.restore_queries(&o)?, layout.restore_rows(&lse)?))
 }
 
+/// All gradients in the accumulation kind.
 #[allow(clippy::too_many_arguments)]
 fn backward_with(
     engine: Engine,
@@ -197,7 +222,7 @@ fn backward_with(
             Engine::Blockwise => blockwise::backward_tile(&inputs, &o, &lse, &d_o, grads)?,
         }
     }
-    Ok((layout.restore_queries(&dq)?.f_to_kind(q.kind())?, layout.restore_keys(&dk)?, layout.restore_keys(&dv)?))
+    Ok((layout.restore_queries(&dq)?, layout.restore_keys(&dk)?, layout.restore_keys(&dv)?))
 }
 
 /// What a tile attends with: views into the call's tensors in the accumulation kind.

@@ -29,6 +29,9 @@ pub enum Error {
          change train.batch, train.micro_batch or parallel.dp", dp * micro_batch
     )]
     Batch { batch: usize, micro_batch: usize, ranks: usize, sp: usize, dp: usize },
+    /// The method of softmax layers does not fit the number of ranks.
+    #[error("{0}")]
+    Softmax(String),
     #[error("cannot write the configuration as TOML: {0}")]
     Write(#[from] toml::ser::Error),
 }

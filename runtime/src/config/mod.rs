@@ -18,7 +18,8 @@ pub use sections::{
     ParallelConfig, SampleConfig, TrainConfig,
 };
 
-pub use crate::sequence::method::{ATTENTIONS as SOFTMAX_METHODS, SCANS as LINEAR_METHODS};
+use crate::sequence::method;
+pub use crate::sequence::method::{ATTENTIONS as SOFTMAX_METHODS, LINEAR as LINEAR_METHODS};
 
 /// A validated configuration.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -67,6 +68,10 @@ impl Config {
         let train = &self.train;
         if !train.batch.is_multiple_of(dp * train.micro_batch) {
             return Err(Error::Batch { batch: train.batch, micro_batch: train.micro_batch, ranks, sp, dp });
+        }
+        if self.model.layer_kinds().contains(&LayerKind::Softmax) {
+            let check = method::attention(&self.parallel.softmax_method).and_then(|m| m.check(self.model.heads, sp));
+            check.map_err(|error| Error::Softmax(error.to_string()))?;
         }
         (self.parallel.sp, self.parallel.dp) = (sp, dp);
         Ok(())

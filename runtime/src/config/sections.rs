@@ -155,7 +155,8 @@ pub struct ParallelConfig {
     pub dp: usize,
     /// Which tokens each rank holds. Default "contiguous".
     pub layout: LayoutKind,
-    /// How linear layers carry their state across ranks; one of `LINEAR_METHODS`. Default "lasp2".
+    /// How linear layers carry their state across ranks; one of `LINEAR_METHODS`, with settings as in
+    /// "all_scan:blocks=8". Default "lasp2".
     pub linear_method: String,
     /// How softmax layers attend across ranks; one of `SOFTMAX_METHODS`. Default "lasp2h".
     pub softmax_method: String,

@@ -2,7 +2,8 @@
 
 use std::fmt::Display;
 
-use super::{Config, DataKind, LINEAR_METHODS, SOFTMAX_METHODS};
+use super::{Config, DataKind, DecayKind, SOFTMAX_METHODS};
+use crate::sequence::method::{LEFT_PRODUCTS, check_linear};
 
 /// One rule broken: the key, its value, and what would have been right.
 pub(super) struct Violation {
@@ -78,7 +79,16 @@ fn model(config: &Config) -> Check {
 
 fn parallel(config: &Config) -> Check {
     let parallel = &config.parallel;
-    one_of("parallel.linear_method", &parallel.linear_method, LINEAR_METHODS)?;
+    let linear = &parallel.linear_method;
+    let expected = check_linear(linear).err().unwrap_or_default();
+    require(expected.is_empty(), "parallel.linear_method", format!("{linear:?}"), expected)?;
+    let constant = matches!(config.model.decay, DecayKind::None | DecayKind::Lightning | DecayKind::Retention);
+    require(
+        constant || !LEFT_PRODUCTS.contains(&linear.as_str()),
+        "parallel.linear_method",
+        format!("{linear:?}"),
+        "a method that carries states, such as \"lasp2\", or model.decay = \"none\", \"lightning\" or \"retention\"",
+    )?;
     one_of("parallel.softmax_method", &parallel.softmax_method, SOFTMAX_METHODS)
 }
 

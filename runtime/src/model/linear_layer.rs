@@ -36,7 +36,7 @@ pub(super) fn specs(config: &ModelConfig, prefix: &str, residual: Init) -> Vec<S
 }
 
 /// Width of the bottleneck before a decay per channel, as in GLA (arXiv 2312.06635).
-const DECAY_RANK: i64 = 16;
+pub(crate) const DECAY_RANK: i64 = 16;
 
 /// Where a layer's log-decay comes from.
 enum Gate {

@@ -9,6 +9,11 @@ use crate::data::IGNORE_INDEX;
 /// Logits of one chunk, in numbers.
 const CHUNK: i64 = 1 << 22;
 
+/// Tokens whose logits exist at once, of `tokens`.
+pub(crate) fn chunk(vocab: i64, tokens: i64) -> i64 {
+    (CHUNK / vocab).clamp(1, tokens.max(1))
+}
+
 /// `sum_i -log softmax(h_i W^T)[label_i]` over the labels that are not [`IGNORE_INDEX`]; scalar in f32, or f64 for f64.
 ///
 /// hidden `[B, T, D]`, weight `[vocab, D]`, labels `[B, T]` i64. Logits, sums and the gradient of the weight are kept in
@@ -37,7 +42,7 @@ fn forward(hidden: &Tensor, weight: &Tensor, labels: &Tensor, kind: Kind, with_g
     let rows = hidden.f_reshape([-1, d])?;
     let labels = labels.f_reshape([-1])?;
     let count = rows.size()[0];
-    let step = (CHUNK / vocab).clamp(1, count.max(1));
+    let step = chunk(vocab, count);
     let mut loss = Tensor::f_zeros([], (kind, hidden.device()))?;
     let grads = if with_grad {
         let sum = Tensor::f_zeros([vocab, d], (kind, hidden.device()))?;

@@ -17,6 +17,7 @@ use tch::{Device, Kind, Tensor};
 pub use block::Block;
 pub use context::{Context, rotary};
 pub use decay::constant_decay;
+pub(crate) use linear_layer::DECAY_RANK;
 pub use params::{Init, Params, Spec};
 pub use softmax_layer::KvCache;
 

@@ -10,6 +10,8 @@ pub enum Error {
     CuSeqlens { found: Vec<i64>, tokens: i64, descends_at: Option<usize> },
     #[error("{tensor}: found shape {found:?}, expected {expected}")]
     Shape { tensor: &'static str, found: Vec<i64>, expected: String },
+    #[error("method {found:?}: expected {expected} (parallel.linear_method)")]
+    Method { found: String, expected: String },
     #[error("{0}")]
     Unsupported(String),
     #[error(transparent)]

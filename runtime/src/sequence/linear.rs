@@ -55,7 +55,7 @@ pub fn forward(shard: &Shard, mixer: &dyn StateMixer, x: Inputs, initial_state: 
 
     let intra_rank = shard.group.recorder().span("intra_rank");
     let scanned = if plan.chain.flows() {
-        shard.scan.forward(&shard.group, &plan.chain, mine, known(&plan.chain, &x)?)?
+        shard.scan()?.forward(&shard.group, &plan.chain, mine, known(&plan.chain, &x)?)?
     } else {
         Pending::ready(Ok((plan.chain.held.iter().map(|_| None).collect(), Vec::new())))
     };
@@ -96,7 +96,7 @@ pub fn backward(shard: &Shard, mixer: &dyn StateMixer, saved: Saved, d_o: &Tenso
 
     let intra_rank = shard.group.recorder().span("intra_rank_grad");
     let scanned = if plan.chain.flows() {
-        shard.scan.backward(&shard.group, &plan.chain, mine, transitions)?
+        shard.scan()?.backward(&shard.group, &plan.chain, mine, transitions)?
     } else {
         Pending::ready(Ok(plan.chain.held.iter().map(|_| None).collect()))
     };
@@ -117,7 +117,7 @@ pub fn backward(shard: &Shard, mixer: &dyn StateMixer, saved: Saved, d_o: &Tenso
     Ok(Backward { grads: join_grads(grads, &x)?, initial_state_grads })
 }
 
-fn check(plan: &Plan, x: &Inputs) -> Result<()> {
+pub(super) fn check(plan: &Plan, x: &Inputs) -> Result<()> {
     let (batch, tokens) = (x.q.size()[0], x.q.size()[1]);
     if tokens != plan.tokens() {
         let expected = format!("[B, {}, H, K]: this rank's tokens of {}", plan.tokens(), plan.layout.tokens());

@@ -57,8 +57,11 @@ pub fn backward(shard: &Shard, x: &Inputs, states: &Tensor, d_o: &Tensor, scale:
     Ok(Backward { grads: Grads { dq, dk, dv, dlog_decay: None }, state_grads })
 }
 
-/// Each piece of this rank with its local range and its document's row of `states`.
-fn parts(plan: &Plan, x: &Inputs, states: &Tensor) -> Result<Vec<(Inputs, (i64, i64), Tensor)>> {
+/// A piece's inputs, its first token and their number, and its document's row of `states`.
+type Part = (Inputs, (i64, i64), Tensor);
+
+/// The pieces of this rank.
+fn parts(plan: &Plan, x: &Inputs, states: &Tensor) -> Result<Vec<Part>> {
     plan.pieces
         .iter()
         .map(|piece| {

@@ -1,30 +1,176 @@
 //! Methods by their names in a configuration and on the command line. A new method is a file of its own and a line here.
+//!
+//! Linear layers: `lasp2` (`splits=N`, `truncate`), `lasp1`, `all_scan` (`blocks=N`), `hierarchical` (`node=N`), each
+//! setting as in `all_scan:blocks=8`; and the paper's baselines, `ring_left_product` and `megatron_sp_left_product`.
 
 use std::sync::Arc;
 
-use super::attention::{Attention, Lasp2h};
-use super::scan::{Lasp2, Scan};
-use super::{Error, Result};
+use collectives::Group;
+
+use super::attention::{Attention, Lasp2h, MegatronSp, Ring, Ulysses};
+use super::left_product::{LeftProduct, MegatronSpLeftProduct, RingLeftProduct};
+use super::scan::{AllScan, Hierarchical, Lasp1, Lasp2, Scan, Truncated};
+use super::settings::Settings;
+use super::{Error, LinearMethod, Result};
 
 /// Names of the scans, for linear layers.
-pub const SCANS: &[&str] = &["lasp2"];
+pub const SCANS: &[&str] = &["lasp2", "lasp1", "all_scan", "hierarchical"];
+/// Names of the left products, for linear layers too: the paper's baselines.
+pub const LEFT_PRODUCTS: &[&str] = &["ring_left_product", "megatron_sp_left_product"];
+/// Names of all methods for linear layers.
+pub const LINEAR: &[&str] = &joined::<{ SCANS.len() + LEFT_PRODUCTS.len() }>(SCANS, LEFT_PRODUCTS);
 /// Names of the methods for softmax layers.
-pub const ATTENTIONS: &[&str] = &["lasp2h"];
+pub const ATTENTIONS: &[&str] = &["lasp2h", "ring", "ulysses", "megatron_sp"];
 
-pub fn scan(name: &str) -> Result<Arc<dyn Scan>> {
-    match name {
-        "lasp2" => Ok(Arc::new(Lasp2)),
-        _ => Err(unknown(name, "linear", SCANS)),
+/// GPUs of most nodes.
+const NODE: usize = 8;
+
+/// The scan that `found` names, for the ranks of `group`. Collective: to be called once in a run, on every rank.
+pub fn scan(found: &str, group: &Group) -> Result<Arc<dyn Scan>> {
+    let choice = choose(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
+    Ok(match choice {
+        Choice::Lasp2(scan) => Arc::new(scan),
+        Choice::Truncated(scan) => Arc::new(scan),
+        Choice::Lasp1(scan) => Arc::new(scan),
+        Choice::AllScan(scan) => Arc::new(scan),
+        Choice::Hierarchical { node } => Arc::new(Hierarchical::new(group, node)?),
+    })
+}
+
+/// The method that `found` names, a scan or a left product. Collective as [`scan`] is.
+pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
+    match left_product(found) {
+        Some(method) => Ok(LinearMethod::LeftProduct(method)),
+        None => {
+            check_linear(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
+            Ok(LinearMethod::Scan(scan(found, group)?))
+        }
     }
+}
+
+/// Whether `found` names a method for linear layers; if not, what was expected.
+pub fn check_linear(found: &str) -> std::result::Result<(), String> {
+    let name = Settings::split(found).0;
+    if LEFT_PRODUCTS.contains(&found) {
+        Ok(())
+    } else if LEFT_PRODUCTS.contains(&name) {
+        Err(format!("{name} without settings"))
+    } else if SCANS.contains(&name) {
+        check_scan(found)
+    } else {
+        Err(one_of(LINEAR))
+    }
+}
+
+/// The left product that `name` names, if it names one.
+pub fn left_product(name: &str) -> Option<Arc<dyn LeftProduct>> {
+    match name {
+        "ring_left_product" => Some(Arc::new(RingLeftProduct)),
+        "megatron_sp_left_product" => Some(Arc::new(MegatronSpLeftProduct)),
+        _ => None,
+    }
+}
+
+const fn joined<const N: usize>(first: &[&'static str], second: &[&'static str]) -> [&'static str; N] {
+    let (mut all, mut i) = ([""; N], 0);
+    while i < N {
+        all[i] = if i < first.len() { first[i] } else { second[i - first.len()] };
+        i += 1;
+    }
+    all
+}
+
+/// Whether `found` names a scan; if not, what was expected.
+pub fn check_scan(found: &str) -> std::result::Result<(), String> {
+    choose(found).map(|_| ())
+}
+
+enum Choice {
+    Lasp2(Lasp2),
+    Truncated(Truncated),
+    Lasp1(Lasp1),
+    AllScan(AllScan),
+    Hierarchical { node: usize },
+}
+
+fn choose(found: &str) -> std::result::Result<Choice, String> {
+    let (name, mut settings) = Settings::split(found);
+    let choice = match name {
+        "lasp2" => {
+            let gather = Lasp2 { splits: settings.number("splits", Lasp2::default().splits)? };
+            match settings.flag("truncate")? {
+                true => Choice::Truncated(Truncated { undecayed: gather }),
+                false => Choice::Lasp2(gather),
+            }
+        }
+        "lasp1" => Choice::Lasp1(Lasp1),
+        "all_scan" => Choice::AllScan(AllScan { blocks: settings.number("blocks", AllScan::default().blocks)? }),
+        "hierarchical" => Choice::Hierarchical { node: settings.number("node", NODE)? },
+        _ => return Err(one_of(SCANS)),
+    };
+    settings.end()?;
+    Ok(choice)
+}
+
+fn one_of(known: &[&str]) -> String {
+    let quoted: Vec<String> = known.iter().map(|name| format!("{name:?}")).collect();
+    format!("one of {}", quoted.join(", "))
 }
 
 pub fn attention(name: &str) -> Result<Arc<dyn Attention>> {
     match name {
         "lasp2h" => Ok(Arc::new(Lasp2h::default())),
+        "ring" => Ok(Arc::new(Ring)),
+        "ulysses" => Ok(Arc::new(Ulysses)),
+        "megatron_sp" => Ok(Arc::new(MegatronSp)),
         _ => Err(unknown(name, "softmax", ATTENTIONS)),
     }
 }
 
 fn unknown(name: &str, kind: &str, known: &[&str]) -> Error {
     Error::Unsupported(format!("method {name:?} for {kind} attention: expected one of {}", known.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_has_a_method() {
+        assert!(LINEAR.iter().all(|name| check_linear(name).is_ok()));
+        assert!(LEFT_PRODUCTS.iter().all(|name| left_product(name).is_some_and(|method| method.name() == *name)));
+        assert!(ATTENTIONS.iter().all(|name| attention(name).is_ok()));
+        for (wrong, expected) in [
+            (
+                "lasp3",
+                format!("one of {}", LINEAR.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ")),
+            ),
+            ("ring_left_product:blocks=2", "ring_left_product without settings".to_owned()),
+            ("lasp1:node=2", "lasp1 without settings; it knows no \"node\"".to_owned()),
+        ] {
+            assert_eq!(check_linear(wrong), Err(expected), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn settings_are_part_of_the_name() {
+        for right in ["lasp2", "lasp2:splits=4", "lasp2:truncate", "lasp2:truncate, splits=2", "all_scan:blocks=8"] {
+            assert_eq!(check_scan(right), Ok(()), "{right}");
+        }
+        assert!(SCANS.iter().all(|name| check_scan(name).is_ok()));
+        for (wrong, expected) in [
+            ("lasp3", "one of \"lasp2\", \"lasp1\", \"all_scan\", \"hierarchical\""),
+            ("lasp2:splits=0", "lasp2:splits=N with a whole number N of at least 1"),
+            ("lasp2:splits", "lasp2:splits=N with a whole number N of at least 1"),
+            ("lasp2:truncate=yes", "lasp2:truncate, without a value"),
+            ("lasp2:blocks=3", "lasp2 with no other setting than splits=N, truncate, each once; not \"blocks\""),
+            (
+                "lasp2:splits=2,splits=3",
+                "lasp2 with no other setting than splits=N, truncate, each once; not \"splits\"",
+            ),
+            ("lasp1:node=2", "lasp1 without settings; it knows no \"node\""),
+        ] {
+            assert_eq!(check_scan(wrong), Err(expected.to_owned()), "{wrong}");
+        }
+    }
 }

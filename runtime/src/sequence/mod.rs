@@ -1,39 +1,71 @@
 //! Attention over a sequence that lies sharded on the ranks of the sp axis (Megatron-Core and torchtitan call it context
 //! parallelism). One training step reads top down: a [`Plan`] says which tokens this rank holds and where state flows;
 //! [`linear_attention`] and [`softmax_attention`] are the two operators as nodes of libtorch's autograd graph; below them
-//! [`linear`] is LASP-2's order of work, [`scan`] how states cross the ranks, [`attention`] how keys and values do.
+//! [`linear`] is LASP-2's order of work, [`scan`] how states cross the ranks, [`attention`] how keys and values do, and
+//! [`left_product`] how they do for linear layers that make no use of states.
 
 pub mod attention;
 mod error;
 mod layout;
+pub mod left_product;
 pub mod linear;
 pub mod linear_full;
 pub mod method;
 mod plan;
+mod ring;
 pub mod scan;
 mod settings;
+mod traffic;
+mod whole;
 
 use std::sync::Arc;
 
 use collectives::Group;
-use kernels::linear::Inputs;
 use kernels::linear::chunkwise::Chunkwise;
+use kernels::linear::{Grads, Inputs};
 use tch::Tensor;
 
 pub use error::{Error, Result};
 pub use layout::Layout;
 pub use plan::{Chain, Link, Piece, Plan};
+pub use traffic::{Bytes, LayerSizes, Traffic};
 
 use attention::Attention;
+use left_product::LeftProduct;
 use scan::Scan;
+
+/// How the linear layers of all ranks meet.
+#[derive(Clone)]
+pub enum LinearMethod {
+    /// By their states.
+    Scan(Arc<dyn Scan>),
+    /// By their keys and values, as the paper's baselines.
+    LeftProduct(Arc<dyn LeftProduct>),
+}
 
 /// The sp group, the sequence it holds, and the methods by which its mixers meet: all that an operator needs to know.
 pub struct Shard {
     pub group: Group,
     pub plan: Plan,
-    pub scan: Arc<dyn Scan>,
+    pub linear: LinearMethod,
     pub attention: Arc<dyn Attention>,
 }
+
+impl Shard {
+    /// The scan of linear layers, for whatever needs states.
+    pub fn scan(&self) -> Result<&dyn Scan> {
+        match &self.linear {
+            LinearMethod::Scan(scan) => Ok(scan.as_ref()),
+            LinearMethod::LeftProduct(method) => {
+                let expected = format!("a method that carries states, one of {}", method::SCANS.join(", "));
+                Err(Error::Method { found: method.name().to_owned(), expected })
+            }
+        }
+    }
+}
+
+/// The backward of a linear layer: this rank's gradients, given do.
+type LinearBackward = Box<dyn FnOnce(&Shard, &Tensor) -> Result<Grads> + Send>;
 
 /// Causal linear attention as one node of the autograd graph.
 ///
@@ -49,18 +81,29 @@ pub fn linear_attention(
 ) -> Result<Tensor> {
     let mut x = Inputs::new(q, k, v, log_decay)?;
     x.decay_grad = log_decay.is_some_and(Tensor::requires_grad);
-    let forward = linear::forward(shard, mixer.as_ref(), x, None)?;
+    let (o, backward): (Tensor, LinearBackward) = match &shard.linear {
+        LinearMethod::Scan(_) => {
+            let linear::Forward { o, saved, .. } = linear::forward(shard, mixer.as_ref(), x, None)?;
+            let mixer = mixer.clone();
+            (o, Box::new(move |shard, d_o| Ok(linear::backward(shard, mixer.as_ref(), saved, d_o)?.grads)))
+        }
+        LinearMethod::LeftProduct(method) => {
+            let left_product::Forward { o, saved } = method.forward(shard, x, mixer.scale())?;
+            let method = method.clone();
+            (o, Box::new(move |shard, d_o| method.backward(shard, saved, d_o)))
+        }
+    };
     let inputs: Vec<&Tensor> = [q, k, v].into_iter().chain(log_decay.filter(|g| g.requires_grad())).collect();
     let wanted = inputs.len();
-    let (shard, mixer, saved) = (shard.clone(), mixer.clone(), forward.saved);
-    kernels::bridge::attach(&inputs, &[&forward.o], move |mut grads: Vec<Option<Tensor>>| {
+    let shard = shard.clone();
+    kernels::bridge::attach(&inputs, &[&o], move |mut grads: Vec<Option<Tensor>>| {
         let Some(d_o) = grads.swap_remove(0) else { return Ok((0..wanted).map(|_| None).collect()) };
-        let grads = linear::backward(&shard, mixer.as_ref(), saved, &d_o).map_err(Error::into_kernels)?.grads;
+        let grads = backward(&shard, &d_o).map_err(Error::into_kernels)?;
         let mut all = vec![Some(grads.dq), Some(grads.dk), Some(grads.dv)];
         all.extend(grads.dlog_decay.map(Some));
         Ok(all)
     })?;
-    Ok(forward.o)
+    Ok(o)
 }
 
 /// Causal softmax attention as one node of the autograd graph.

@@ -57,6 +57,32 @@ impl Chain {
     pub fn flows(&self) -> bool {
         self.links.iter().any(|link| link.enters)
     }
+
+    /// W.
+    pub fn ranks(&self) -> usize {
+        self.owners.iter().map(|(rank, _)| rank + 1).max().unwrap_or(0)
+    }
+
+    /// The segment whose state enters `segment`: the last one before it that has tokens.
+    pub fn before(&self, segment: usize) -> Option<usize> {
+        (0..segment).rev().find(|&s| !self.links[s].empty).filter(|_| self.links[segment].enters)
+    }
+
+    /// The segment that the state of `segment` enters.
+    pub fn after(&self, segment: usize) -> Option<usize> {
+        (segment + 1..self.links.len()).find(|&s| !self.links[s].empty).filter(|_| self.links[segment].leaves)
+    }
+
+    /// The same segments as gradients meet them: the last one first, and what left now enters.
+    pub fn reversed(&self) -> Self {
+        let links = self.links.iter().rev();
+        let last = self.links.len().saturating_sub(1);
+        Self {
+            links: links.map(|link| Link { enters: link.leaves, leaves: link.enters, ..*link }).collect(),
+            owners: self.owners.iter().rev().copied().collect(),
+            held: self.held.iter().map(|segment| last - segment).collect(),
+        }
+    }
 }
 
 /// One sequence as one rank sees it.
@@ -86,25 +112,13 @@ impl Plan {
         let links = (0..layout.segments()).map(|s| link(&layout.segment(s), &cu_seqlens)).collect();
         let owners = (0..layout.segments()).map(|s| layout.owner(s)).collect();
         let held = layout.held(rank);
-        let mut pieces = Vec::new();
-        let mut offset = 0;
-        for (slot, &segment) in held.iter().enumerate() {
-            let range = layout.segment(segment);
-            for (document, doc) in documents(&range, &cu_seqlens) {
-                let global = doc.start.max(range.start)..doc.end.min(range.end);
-                let shift = offset - range.start;
-                pieces.push(Piece {
-                    local: global.start + shift..global.end + shift,
-                    document,
-                    slot,
-                    enters: doc.start < global.start,
-                    leaves: doc.end > global.end,
-                    global,
-                });
-            }
-            offset += range.end - range.start;
-        }
+        let pieces = pieces(&layout, &cu_seqlens, rank);
         Ok(Self { layout, rank, pieces, chain: Chain { links, owners, held }, cu_seqlens })
+    }
+
+    /// The pieces of any rank, in its local order.
+    pub fn pieces_of(&self, rank: usize) -> Vec<Piece> {
+        if rank == self.rank { self.pieces.clone() } else { pieces(&self.layout, &self.cu_seqlens, rank) }
     }
 
     /// Tokens of this rank.
@@ -138,6 +152,28 @@ impl Plan {
         };
         self.pieces.iter().flat_map(position).collect()
     }
+}
+
+fn pieces(layout: &Layout, cu_seqlens: &[i64], rank: usize) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    let mut offset = 0;
+    for (slot, segment) in layout.held(rank).into_iter().enumerate() {
+        let range = layout.segment(segment);
+        for (document, doc) in documents(&range, cu_seqlens) {
+            let global = doc.start.max(range.start)..doc.end.min(range.end);
+            let shift = offset - range.start;
+            pieces.push(Piece {
+                local: global.start + shift..global.end + shift,
+                document,
+                slot,
+                enters: doc.start < global.start,
+                leaves: doc.end > global.end,
+                global,
+            });
+        }
+        offset += range.end - range.start;
+    }
+    pieces
 }
 
 /// The non-empty documents that share tokens with `range`.
@@ -174,7 +210,8 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// The pieces of all ranks tile the sequence, none crosses a document, and a state leaves exactly where one enters.
+        /// The pieces of all ranks tile the sequence, none crosses a document, and a state leaves exactly where one enters;
+        /// seen from either end.
         #[test]
         fn pieces_tile_the_sequence(
             zigzag: bool,
@@ -206,6 +243,15 @@ mod tests {
             for pair in all.windows(2) {
                 prop_assert_eq!(pair[0].leaves, pair[1].enters);
                 prop_assert_eq!(pair[0].leaves, pair[0].document == pair[1].document);
+            }
+            let chain = Plan::new(layout, Some(&cu), 0).unwrap().chain;
+            let (back, last) = (chain.reversed(), chain.links.len() - 1);
+            prop_assert_eq!(chain.ranks(), ranks);
+            for segment in 0..=last {
+                let next = chain.after(segment);
+                prop_assert_eq!(next.and_then(|next| chain.before(next)), next.map(|_| segment));
+                prop_assert_eq!(next, back.before(last - segment).map(|before| last - before));
+                prop_assert_eq!(next.is_some(), chain.links[segment].leaves);
             }
         }
     }

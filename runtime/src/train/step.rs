@@ -13,7 +13,8 @@ use crate::checkpoint::{Loaded, TrainState};
 use crate::config::Config;
 use crate::data::{IGNORE_INDEX, Sequence, Source};
 use crate::model::{Context, Model};
-use crate::sequence::{Layout, Plan, Shard, method};
+use crate::sequence::attention::Attention;
+use crate::sequence::{Layout, LinearMethod, Plan, Shard, method};
 
 /// Everything that a rank trains with.
 pub struct Trainer {
@@ -24,6 +25,8 @@ pub struct Trainer {
     pub steps_done: u64,
     source: Source,
     validation: Option<Source>,
+    linear: LinearMethod,
+    attention: Arc<dyn Attention>,
     device: Device,
 }
 
@@ -47,7 +50,9 @@ impl Trainer {
         let (kind, device) = (config.train.dtype.kind(), Device::Cpu);
         let model = Model::new(&config.model, kind, config.train.seed, device)?;
         let optimizer = AdamW::new(config.optimizer.clone(), &model.params)?;
-        Ok(Self { mesh, config, model, optimizer, steps_done: 0, source, validation, device })
+        let linear = method::linear(&config.parallel.linear_method, &mesh.sp)?;
+        let attention = method::attention(&config.parallel.softmax_method)?;
+        Ok(Self { mesh, config, model, optimizer, steps_done: 0, source, validation, linear, attention, device })
     }
 
     /// Tokens seen so far, over all ranks.
@@ -132,8 +137,8 @@ impl Trainer {
         let shard = Arc::new(Shard {
             group: self.mesh.sp.clone(),
             plan,
-            scan: method::scan(&self.config.parallel.linear_method)?,
-            attention: method::attention(&self.config.parallel.softmax_method)?,
+            linear: self.linear.clone(),
+            attention: self.attention.clone(),
         });
         let model = &self.config.model;
         let kind = self.config.train.dtype.kind();

@@ -3,12 +3,22 @@
 //! them, and a ReduceScatter in f32 adds up what all ranks found for each key.
 //!
 //! The KV heads go in groups, in a pipeline: group g + 1 is gathered while group g attends.
+//!
+//! Bytes of one rank, with e those of a number and s those of a sum (4; 8 for f64):
+//!
+//! | | sent | received |
+//! |---|---|---|
+//! | forward | T B Hkv (K + V) e | (L - T) B Hkv (K + V) e |
+//! | backward, k, v | T B Hkv (K + V) e | (L - T) B Hkv (K + V) e |
+//! | backward, dk, dv | (L - T) B Hkv (K + V) s | (W-1) T B Hkv (K + V) s |
 
 use collectives::Pending;
 use kernels::softmax;
 use tch::Tensor;
 
-use super::{Attention, Forward, Grads, Inputs, Result, Saved, Shard, sum_kind, tiles};
+use super::super::traffic;
+use super::super::whole::{self, Gathering};
+use super::{Attention, Forward, Grads, Inputs, LayerSizes, Plan, Result, Saved, Shard, Traffic, sum_kind, tiles};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Lasp2h {
@@ -24,28 +34,22 @@ impl Default for Lasp2h {
 
 impl Lasp2h {
     /// `(first KV head, number)` of each stage.
-    fn stages(&self, kv_heads: i64) -> Vec<(i64, i64)> {
+    pub(crate) fn stages(&self, kv_heads: i64) -> Vec<(i64, i64)> {
         let stages = self.stages.clamp(1, kv_heads.max(1));
         let start = |stage: i64| stage * kv_heads / stages;
         (0..stages).map(|s| (start(s), start(s + 1) - start(s))).collect()
     }
 }
 
-/// Keys and values of some KV heads of the whole sequence: `[B, L, heads, K]` and `[B, L, heads, V]`.
-type Gathered = Pending<Tensor>;
-
-/// Starts gathering `[L, B, heads, K + V]`, rank after rank.
-fn gather(shard: &Shard, x: &Inputs, (head, heads): (i64, i64)) -> Result<Gathered> {
+/// Starts gathering the keys and values of some KV heads, `[L, B, heads, K + V]`.
+fn gather(shard: &Shard, x: &Inputs, (head, heads): (i64, i64)) -> Result<Gathering> {
     let of = |x: &Tensor| -> Result<Tensor> { Ok(x.f_narrow(2, head, heads)?.f_transpose(0, 1)?) };
-    let mine = Tensor::f_cat(&[of(&x.k)?, of(&x.v)?], -1)?;
-    if shard.group.size() == 1 {
-        return Ok(Pending::ready(mine));
-    }
-    Ok(shard.group.all_gather_v(&mine, &shard.plan.layout.tokens_per_rank())?)
+    whole::gather(shard, &Tensor::f_cat(&[of(&x.k)?, of(&x.v)?], -1)?)
 }
 
-fn arrive(shard: &Shard, x: &Inputs, gathered: Gathered) -> Result<(Tensor, Tensor)> {
-    let whole = shard.plan.layout.in_sequence_order(&gathered.wait()?, 0)?.f_transpose(0, 1)?;
+/// `[B, L, heads, K]` and `[B, L, heads, V]`.
+fn arrive(x: &Inputs, gathered: Gathering) -> Result<(Tensor, Tensor)> {
+    let whole = gathered.wait()?.f_transpose(0, 1)?;
     let (dk, dv) = (x.k.size()[3], x.v.size()[3]);
     Ok((whole.f_narrow(-1, 0, dk)?, whole.f_narrow(-1, dk, dv)?))
 }
@@ -65,7 +69,7 @@ impl Attention for Lasp2h {
         let mut next = Some(gather(shard, x, stages[0])?);
         for (i, &stage) in stages.iter().enumerate() {
             let Some(here) = next.take() else { break };
-            let (k, v) = arrive(shard, x, here)?;
+            let (k, v) = arrive(x, here)?;
             next = stages.get(i + 1).map(|&stage| gather(shard, x, stage)).transpose()?;
             let _span = shard.group.recorder().span("softmax");
             let (o, lse) = softmax::forward(&queries(&x.q, 2, per_kv, stage)?, &k, &v, &tiles, x.scale)?;
@@ -73,14 +77,7 @@ impl Attention for Lasp2h {
             lses.push(lse);
         }
         let (o, lse) = (Tensor::f_cat(&os, 2)?, Tensor::f_cat(&lses, 1)?);
-        let inputs = Inputs {
-            q: x.q.shallow_clone(),
-            k: x.k.shallow_clone(),
-            v: x.v.shallow_clone(),
-            scale: x.scale,
-            causal: x.causal,
-        };
-        let saved = Saved { inputs, o: o.shallow_clone(), lse };
+        let saved = Saved::of(x, o.shallow_clone(), lse);
         Ok(Forward { o, saved })
     }
 
@@ -94,7 +91,7 @@ impl Attention for Lasp2h {
         let mut next = Some(gather(shard, x, stages[0])?);
         for (i, &stage) in stages.iter().enumerate() {
             let Some(here) = next.take() else { break };
-            let (k, v) = arrive(shard, x, here)?;
+            let (k, v) = arrive(x, here)?;
             next = stages.get(i + 1).map(|&stage| gather(shard, x, stage)).transpose()?;
             let _span = shard.group.recorder().span("softmax_grad");
             let (dq, dk, dv) = softmax::backward(
@@ -119,15 +116,16 @@ impl Attention for Lasp2h {
         let joined = |parts: &[Tensor]| -> Result<Tensor> { Ok(Tensor::f_cat(parts, 2)?.f_to_kind(x.k.kind())?) };
         Ok(Grads { dq: Tensor::f_cat(&dqs, 2)?, dk: joined(&dks)?, dv: joined(&dvs)? })
     }
+
+    fn traffic(&self, plan: &Plan, layer: &LayerSizes) -> Traffic {
+        let forward = traffic::gather(plan, layer.kv());
+        Traffic { forward, backward: forward + traffic::scatter(plan, layer.kv_sums()) }
+    }
 }
 
 /// Starts adding up all ranks' shares of dk, dv `[B, L, heads, ..]` and handing each rank its tokens: `[T, B, heads, K + V]`.
 fn scatter(shard: &Shard, dk: &Tensor, dv: &Tensor) -> Result<Pending<Tensor>> {
     let kind = sum_kind(dk);
-    let whole = Tensor::f_cat(&[dk.f_to_kind(kind)?, dv.f_to_kind(kind)?], -1)?.f_transpose(0, 1)?;
-    let whole = shard.plan.layout.in_rank_order(&whole, 0)?.f_contiguous()?;
-    if shard.group.size() == 1 {
-        return Ok(Pending::ready(whole));
-    }
-    Ok(shard.group.reduce_scatter_v(&whole, &shard.plan.layout.tokens_per_rank())?)
+    let sums = Tensor::f_cat(&[dk.f_to_kind(kind)?, dv.f_to_kind(kind)?], -1)?;
+    whole::scatter(shard, &sums.f_transpose(0, 1)?)
 }

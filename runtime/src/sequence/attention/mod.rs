@@ -1,13 +1,20 @@
 //! How softmax layers attend to keys and values that lie on other ranks: one method a file.
 
+mod heads;
 mod lasp2h;
+mod megatron_sp;
+mod ring;
+mod ulysses;
 
 use kernels::softmax::Tile;
 use tch::{Kind, Tensor};
 
 pub use lasp2h::Lasp2h;
+pub use megatron_sp::MegatronSp;
+pub use ring::Ring;
+pub use ulysses::Ulysses;
 
-use super::{Error, Plan, Result, Shard};
+use super::{Error, LayerSizes, Piece, Plan, Result, Shard, Traffic};
 
 /// This rank's tokens of one layer, detached: q `[B, T, H, K]`, k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`; Hkv divides H.
 #[derive(Debug)]
@@ -38,6 +45,11 @@ impl Inputs {
     pub fn queries_per_kv(&self) -> i64 {
         self.q.size()[2] / self.k.size()[2]
     }
+
+    pub fn shallow_clone(&self) -> Self {
+        let (q, k, v) = (self.q.shallow_clone(), self.k.shallow_clone(), self.v.shallow_clone());
+        Self { q, k, v, ..*self }
+    }
 }
 
 fn size4(tensor: &'static str, x: &Tensor) -> Result<(i64, i64, i64, i64)> {
@@ -48,11 +60,22 @@ fn size4(tensor: &'static str, x: &Tensor) -> Result<(i64, i64, i64, i64)> {
     })
 }
 
-/// What a method keeps for backward: the inputs, its output and the log-sum-exp `[B, H, T]`.
+/// What a method keeps for backward: q, k, v, o and the log-sum-exp, of this rank's tokens `[B, H, T]` with all heads, or of
+/// all tokens `[B, heads, L]` with this rank's heads.
 pub struct Saved {
     pub inputs: Inputs,
     pub o: Tensor,
     pub lse: Tensor,
+    /// H and Hkv of the layer.
+    pub heads: i64,
+    pub kv_heads: i64,
+}
+
+impl Saved {
+    /// Of this rank's tokens.
+    fn of(x: &Inputs, o: Tensor, lse: Tensor) -> Self {
+        Self { inputs: x.shallow_clone(), o, lse, heads: x.q.size()[2], kv_heads: x.k.size()[2] }
+    }
 }
 
 pub struct Forward {
@@ -69,18 +92,32 @@ pub struct Grads {
 
 /// A way of attending to the keys and values of all ranks.
 pub trait Attention: Send + Sync {
+    /// Whether a layer of `heads` query heads can be laid over `sp` ranks.
+    fn check(&self, _heads: i64, _sp: usize) -> Result<()> {
+        Ok(())
+    }
+
     fn forward(&self, shard: &Shard, x: &Inputs) -> Result<Forward>;
     fn backward(&self, shard: &Shard, saved: Saved, d_o: &Tensor) -> Result<Grads>;
+
+    /// What the plan's rank sends and receives for one layer.
+    fn traffic(&self, plan: &Plan, layer: &LayerSizes) -> Traffic;
 }
 
 /// What this rank's queries see of the whole sequence's keys: of their document all, or all up to themselves.
 pub fn tiles(plan: &Plan, causal: bool) -> Vec<Tile> {
-    let tile = |piece: &super::Piece| {
+    let tile = |piece: &Piece| {
         let document = plan.document(piece.document);
         let end = if causal { piece.global.end } else { document.end };
         Tile { q: piece.local.clone(), k: document.start..end, causal }
     };
     plan.pieces.iter().map(tile).collect()
+}
+
+/// The tiles of whole documents, all of whose tokens are here.
+fn documents(plan: &Plan, causal: bool) -> Vec<Tile> {
+    let documents = (0..plan.documents()).map(|n| plan.document(n)).filter(|document| !document.is_empty());
+    documents.map(|document| Tile { q: document.clone(), k: document, causal }).collect()
 }
 
 /// The kind in which gradients are summed over ranks: f64 for f64, else f32.

@@ -1,15 +1,32 @@
 //! How the summaries of all segments become the states at their entries: one method a file. A method knows no mixer: it
 //! moves states and applies transitions, whose product is associative (algorithms.md, section 1).
+//!
+//! A method is one function, the exclusive prefix over a chain of segments. Forward calls it with end states; backward
+//! calls it with the gradients and the chain reversed, since a diagonal transition is its own transpose.
 
+mod all_scan;
+mod fold;
+mod hierarchical;
+mod lasp1;
 mod lasp2;
+mod message;
+mod relay;
+mod route;
+mod size;
+mod truncated;
 
 use collectives::{Group, Pending};
 use kernels::linear::{Summary, Transition};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+pub use all_scan::AllScan;
+pub use hierarchical::Hierarchical;
+pub use lasp1::Lasp1;
 pub use lasp2::Lasp2;
+pub use size::{DecayForm, StateSize};
+pub use truncated::Truncated;
 
-use super::{Chain, Result};
+use super::{Chain, Error, Result};
 
 /// What is known of the transitions of other ranks' segments without a message.
 pub enum Known {
@@ -19,8 +36,8 @@ pub enum Known {
     Nothing,
 }
 
-/// What backward needs to know again: all transitions, in sequence order.
-pub type Transitions = Vec<Transition>;
+/// The segments' transitions in sequence order, as far as this rank knows them: always those of its own.
+pub type Transitions = Vec<Option<Transition>>;
 
 /// The states that enter this rank's segments, by their place on it; `None` where none enters.
 pub type Entries = Vec<Option<Tensor>>;
@@ -30,23 +47,71 @@ pub type Scanned<T> = Pending<Result<T>>;
 
 /// A way of scanning over the segments of a sequence.
 pub trait Scan: Send + Sync {
-    /// `mine`: one summary for each segment of this rank, zero where nothing leaves it; states `[B, H, K, V]`. Starts the
-    /// communication and returns; what is pending are the entry states: the exclusive prefix in sequence order.
+    /// `mine`: the end states of this rank's segments, `[B, H, K, V]`, by their place on it; zero where nothing leaves.
+    /// `transitions`: all, or this rank's own; on every rank the same of the two. Starts the communication and returns;
+    /// pending are the entry states, the exclusive prefix `P_{g+1} = A_g P_g + S_g` along each document, and the
+    /// transitions, with those that the method had to learn.
+    fn prefix(
+        &self,
+        group: &Group,
+        chain: &Chain,
+        mine: Vec<Tensor>,
+        transitions: Transitions,
+    ) -> Result<Scanned<(Entries, Transitions)>>;
+
+    /// Bytes that `rank` receives in one forward scan over `chain`, as [`collectives::Totals`] counts them.
+    fn received(&self, chain: &Chain, rank: usize, size: &StateSize) -> u64;
+
+    /// `mine`: one summary for each segment of this rank. Pending are the entry states, and what backward wants again.
     fn forward(
         &self,
         group: &Group,
         chain: &Chain,
         mine: Vec<Summary>,
         known: Known,
-    ) -> Result<Scanned<(Entries, Transitions)>>;
+    ) -> Result<Scanned<(Entries, Transitions)>> {
+        let mut states = Vec::with_capacity(mine.len());
+        let mut transitions: Transitions = match known {
+            Known::All(all) => all.into_iter().map(Some).collect(),
+            Known::Nothing => chain.links.iter().map(|_| None).collect(),
+        };
+        for (&segment, Summary { state, transition }) in chain.held.iter().zip(mine) {
+            if transitions[segment].is_none() {
+                transitions[segment] = Some(in_kind(transition, state.kind())?);
+            }
+            states.push(state);
+        }
+        self.prefix(group, chain, states, transitions)
+    }
 
     /// `mine`: the gradients that this rank's segments send to the states at their entries. Pending are the exit gradients:
-    /// the exclusive suffix.
+    /// the exclusive suffix `R_g = A_{g+1} R_{g+1} + G_{g+1}`.
     fn backward(
         &self,
         group: &Group,
         chain: &Chain,
         mine: Vec<Tensor>,
-        transitions: Transitions,
-    ) -> Result<Scanned<Entries>>;
+        mut transitions: Transitions,
+    ) -> Result<Scanned<Entries>> {
+        transitions.reverse();
+        let scanned = self.prefix(group, &chain.reversed(), mine, transitions)?;
+        Ok(scanned.map(|result| Ok(result.map(|(exits, _)| exits))))
+    }
+}
+
+/// A transition in the kind of the states, in which it also travels.
+fn in_kind(transition: Transition, kind: Kind) -> Result<Transition> {
+    Ok(match transition {
+        Transition::Identity => Transition::Identity,
+        Transition::Scalar(sum) => Transition::Scalar(sum.f_to_kind(kind)?),
+        Transition::Channel(sum) => Transition::Channel(sum.f_to_kind(kind)?),
+    })
+}
+
+/// A segment's state or transition that the plan promised and no message brought.
+fn missing(what: &str, segment: usize) -> Error {
+    Error::Unsupported(format!(
+        "the {what} of segment {segment} did not come to this rank; expected the same cu_seqlens and the same \
+         parallel.linear_method on every rank"
+    ))
 }

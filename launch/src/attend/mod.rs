@@ -1,0 +1,248 @@
+//! `lasp attend`: one attention operator, sharded over the ranks, on tensors that a user brings from PyTorch.
+//!
+//! Rank 0 reads and checks the file (`inputs`), hands each rank its tokens (`exchange`), all compute (`operator`), and rank 0
+//! collects the results and writes them. The others hold no more than their share and the states.
+
+mod exchange;
+mod inputs;
+mod operator;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use collectives::Group;
+use runtime::config::LayoutKind;
+use runtime::sequence::{Layout, method};
+use runtime::tensor_file;
+use tch::{Device, Kind, Tensor};
+
+use crate::identity::Launcher;
+use crate::{job, output};
+
+/// Run one attention operator, sharded over ranks, on tensors of a safetensors file
+#[derive(clap::Args)]
+#[command(after_help = TENSORS)]
+pub struct Args {
+    /// The tensors to read; converted to --dtype
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// Where to write the results: whole at the end, or on any error not at all
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// The operator
+    #[arg(long, value_enum)]
+    mixer: Mixer,
+    #[arg(long, help = methods())]
+    method: Option<String>,
+    /// Number of ranks, as threads; under mpirun, if given, its number of processes [default: 1]
+    #[arg(long, value_name = "N")]
+    ranks: Option<usize>,
+    /// Rank r of W holds segment r of W; zigzag: r and 2W-1-r of 2W, which balances causal softmax
+    #[arg(long, value_enum, default_value_t = Order::Contiguous)]
+    layout: Order,
+    /// What a token sees: its past and itself, or its whole document
+    #[arg(long, value_enum, default_value_t = Mask::Causal)]
+    mask: Mask,
+    /// Element type of inputs and results; states and sums are kept in f32, for f64 in f64
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    dtype: Dtype,
+    /// Chunk length of linear attention: a power of two, at most 1024
+    #[arg(long, value_name = "C", default_value_t = 64)]
+    chunk: i64,
+    /// What scores are multiplied by [default: 1 for linear, 1/sqrt(K) for softmax]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    scale: Option<f64>,
+    /// Where to compute; with several GPUs, rank r takes GPU r modulo their number
+    #[arg(long, value_enum, default_value_t = Place::Cpu)]
+    device: Place,
+}
+
+fn methods() -> String {
+    let (linear, softmax) = (method::SCANS, method::ATTENTIONS);
+    format!(
+        "How ranks exchange what they know, with settings as in {}:blocks=8 [default: {} for linear, {} for softmax] \
+         [possible values: linear: {}; softmax: {}]",
+        "all_scan",
+        linear[0],
+        softmax[0],
+        linear.join(", "),
+        softmax.join(", ")
+    )
+}
+
+const TENSORS: &str = "\
+Inputs (B batch, T tokens, H heads, K key and V value dimension, N packed documents):
+  q              [B, T, H, K]
+  k              [B, T, Hkv, K]    Hkv divides H; linear: Hkv = H
+  v              [B, T, Hkv, V]
+  log_decay      [H], [B, T, H] or [B, T, H, K], at most 0; optional, linear and causal only
+  cu_seqlens     [N + 1], from 0 to T: where documents begin and end; optional, B = 1 only
+  initial_state  [B, H, K, V], packed [N, H, K, V]; optional, linear only
+  do             [B, T, H, V], the gradient of o; optional, asks for gradients
+
+Outputs:
+  o              [B, T, H, V]
+  final_state    [B, H, K, V], packed [N, H, K, V]; linear only
+  dq, dk, dv     as q, k, v; given do
+  dlog_decay, dinitial_state   as log_decay, as final_state; given do, linear only
+
+Linear, causal: M_t = diag(exp(log_decay_t)) M_{t-1} + k_t^T v_t,  o_t = scale q_t M_t
+Linear, full:   o_t = scale q_t (initial_state + sum over the document of k_i^T v_i)
+Softmax:        o_t = softmax(scale q_t k^T) v
+";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mixer {
+    Linear,
+    Softmax,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Order {
+    Contiguous,
+    Zigzag,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Mask {
+    Causal,
+    Full,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    F64,
+    F32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Place {
+    Cpu,
+    Cuda,
+}
+
+/// What is asked for, as the parts of this command know it.
+struct Task {
+    mixer: Mixer,
+    method: String,
+    causal: bool,
+    layout: LayoutKind,
+    kind: Kind,
+    chunk: i64,
+    scale: Option<f64>,
+    device: Place,
+}
+
+impl Task {
+    fn new(args: &Args) -> Result<Task> {
+        let (mixer, methods) = match args.mixer {
+            Mixer::Linear => ("linear", method::SCANS),
+            Mixer::Softmax => ("softmax", method::ATTENTIONS),
+        };
+        let method = args.method.as_deref().unwrap_or(methods[0]);
+        let expected = match args.mixer {
+            Mixer::Linear => method::check_scan(method).err(),
+            Mixer::Softmax => (!methods.contains(&method)).then(|| format!("one of {}", methods.join(", "))),
+        };
+        if let Some(expected) = expected {
+            bail!("--method: found {method:?}, expected for --mixer {mixer} {expected}");
+        }
+        if let Some(scale) = args.scale.filter(|scale| !scale.is_finite()) {
+            bail!("--scale: found {scale}, expected a finite number");
+        }
+        Ok(Task {
+            mixer: args.mixer,
+            method: method.to_owned(),
+            causal: args.mask == Mask::Causal,
+            layout: match args.layout {
+                Order::Contiguous => LayoutKind::Contiguous,
+                Order::Zigzag => LayoutKind::Zigzag,
+            },
+            kind: match args.dtype {
+                Dtype::F64 => Kind::Double,
+                Dtype::F32 => Kind::Float,
+                Dtype::Bf16 => Kind::BFloat16,
+            },
+            chunk: args.chunk,
+            scale: args.scale,
+            device: args.device,
+        })
+    }
+
+    fn device(&self, rank: usize) -> Result<Device> {
+        match self.device {
+            Place::Cpu => Ok(Device::Cpu),
+            Place::Cuda => {
+                let gpus = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+                Ok(Device::Cuda(rank.checked_rem(gpus).context("--device cuda: no CUDA device")?))
+            }
+        }
+    }
+}
+
+pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
+    let task = Task::new(&args)?;
+    if task.device == Place::Cuda {
+        let why = match kernels::bridge::open_cuda() {
+            Err(error) => Some(error.to_string()),
+            Ok(()) => (!tch::Cuda::is_available()).then(|| "libtorch finds no CUDA device".to_owned()),
+        };
+        if let Some(why) = why {
+            bail!("--device cuda: {why}; `lasp doctor` says what is missing, --device cpu needs no GPU");
+        }
+    }
+    job::on_ranks(launcher, args.ranks, |world| on_rank(&args, &task, world))
+}
+
+fn on_rank(args: &Args, task: &Task, world: &Group) -> Result<()> {
+    let _guard = tch::no_grad_guard();
+    let whole = if world.rank() == 0 {
+        check_output(args)?;
+        Some(inputs::read(&args.input, task).with_context(|| format!("--input {}", args.input.display()))?)
+    } else {
+        None
+    };
+    let (layout, share) = exchange::distribute(task, world, whole)?;
+    let results = operator::run(task, world, layout.clone(), share)?;
+    let results = collect(task, world, &layout, results)?;
+    if world.rank() > 0 {
+        return Ok(());
+    }
+    tensor_file::write(&args.output, &results, &[])?;
+    let listed: Vec<_> = results.iter().map(|(name, x)| format!("{name} {:?}", x.size())).collect();
+    output::print(&format!("wrote {}: {}\n", args.output.display(), listed.join(", ")))
+}
+
+/// What would make writing fail at the end, found out at the start.
+fn check_output(args: &Args) -> Result<()> {
+    let folder = args.output.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+        bail!("--output {}: there is no folder {}", args.output.display(), folder.display());
+    }
+    if args.output.is_dir() {
+        bail!("--output {}: found a folder, expected a file", args.output.display());
+    }
+    Ok(())
+}
+
+/// The results of the whole sequence, in the kind asked for, on rank 0; nothing on the others.
+fn collect(
+    task: &Task,
+    world: &Group,
+    layout: &Layout,
+    results: Vec<(&'static str, operator::Part)>,
+) -> Result<Vec<(&'static str, Tensor)>> {
+    let mut collected = Vec::new();
+    for (name, part) in results {
+        let whole = match part {
+            operator::Part::Tokens(x) => exchange::gather(world, layout, &x.f_to_kind(task.kind)?)?,
+            operator::Part::Whole(x) => (world.rank() == 0).then_some(x),
+        };
+        if let Some(x) = whole {
+            collected.push((name, x.f_to_device(Device::Cpu)?.f_to_kind(task.kind)?.f_contiguous()?));
+        }
+    }
+    Ok(collected)
+}

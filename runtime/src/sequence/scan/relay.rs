@@ -1,0 +1,122 @@
+//! A chain over the segments, on which LASP-1 and All-Scan run: each rank receives the state that enters a segment, adds
+//! the segment's own and sends it on, in blocks of the key dimension. On the zigzag layout the chain goes up the ranks and
+//! down again.
+//!
+//! Every rank knows from the plan where a state crosses; where a document ends, nothing is sent. All receives are posted
+//! at once. What does not depend on them is sent at once, the rest when the result is waited for, block by block.
+
+use std::ops::Range;
+
+use collectives::{Group, Pending};
+use tch::Tensor;
+
+use super::fold::{in_sequence_order, past};
+use super::message::{Coming, cut, narrow, slice, when_they_come};
+use super::{Chain, Entries, Result, Scanned, StateSize, Transitions, missing};
+
+/// The exclusive prefix by a chain in at most `blocks` blocks: see [`super::Scan::prefix`].
+pub(super) fn relay(
+    group: &Group,
+    chain: &Chain,
+    mine: Vec<Tensor>,
+    transitions: Transitions,
+    blocks: usize,
+) -> Result<Scanned<(Entries, Transitions)>> {
+    let me = group.rank();
+    let elsewhere = |segment: Option<usize>| segment.map(|s| chain.owners[s].0).filter(|&owner| owner != me);
+    let blocks = cut(mine[0].size()[2], blocks as i64);
+    let (mut steps, mut coming, mut sent) = (Vec::new(), Vec::new(), Vec::new());
+    for slot in in_sequence_order(chain) {
+        let segment = chain.held[slot];
+        let link = &chain.links[segment];
+        let (from, to) = (elsewhere(chain.before(segment)), elsewhere(chain.after(segment)));
+        let state = mine[slot].shallow_clone();
+        for block in &blocks {
+            let own = narrow(&state, block)?;
+            if let Some(from) = from {
+                coming.push(group.recv(&own.size(), own.kind(), from)?);
+            }
+            if let Some(to) = to.filter(|_| !link.through) {
+                sent.push(group.send(&own, to)?);
+            }
+        }
+        steps.push(Step { slot, segment, state, from, to: to.filter(|_| link.through) });
+    }
+
+    let relay = Relay { group: group.clone(), chain: chain.clone(), blocks, steps, transitions };
+    Ok(when_they_come(coming, sent, move |coming| relay.run(coming)))
+}
+
+/// Bytes that a rank receives: a state for each of its segments that another rank's state enters.
+pub(super) fn received(chain: &Chain, rank: usize, size: &StateSize) -> u64 {
+    let crosses = |&segment: &usize| {
+        chain.owners[segment].0 == rank && chain.before(segment).is_some_and(|before| chain.owners[before].0 != rank)
+    };
+    (0..chain.owners.len()).filter(crosses).count() as u64 * size.state()
+}
+
+/// One segment of this rank.
+struct Step {
+    slot: usize,
+    segment: usize,
+    state: Tensor,
+    /// The rank that sends what enters, if it is another one.
+    from: Option<usize>,
+    /// The rank that waits for what leaves and could not be sent before.
+    to: Option<usize>,
+}
+
+struct Relay {
+    group: Group,
+    chain: Chain,
+    blocks: Vec<Range<i64>>,
+    steps: Vec<Step>,
+    transitions: Transitions,
+}
+
+impl Relay {
+    /// `coming`: the blocks of all segments in the order of their receives.
+    fn run(self, coming: Coming) -> Result<(Entries, Transitions)> {
+        let mut sent = Vec::new();
+        let mut entries: Entries = self.steps.iter().map(|_| None).collect();
+        // What one segment of this rank hands to its next, with no other rank's between.
+        let mut handed: Option<Tensor> = None;
+        for Step { slot, segment, state, from, to } in &self.steps {
+            let (link, transition) = (&self.chain.links[*segment], self.transitions[*segment].as_ref());
+            let mut entry = handed.take().filter(|_| link.enters);
+            if from.is_some() {
+                let mut arrived = Vec::with_capacity(self.blocks.len());
+                for block in &self.blocks {
+                    let incoming = coming.next().ok_or_else(|| missing("state before it", *segment))??;
+                    let incoming = incoming.f_to_device(state.device())?;
+                    if let Some(to) = to {
+                        let slice = transition.map(|transition| slice(transition, block)).transpose()?;
+                        let own = narrow(state, block)?;
+                        let entering = Some(incoming.shallow_clone());
+                        let leaving = past(*segment, link, entering, Some(&own), slice.as_ref())?;
+                        sent.extend(leaving.map(|leaving| self.group.send(&leaving, *to)).transpose()?);
+                    }
+                    arrived.push(incoming);
+                }
+                entry = Some(if arrived.len() == 1 { arrived.swap_remove(0) } else { Tensor::f_cat(&arrived, 2)? });
+            }
+            let leaving = |entry: &Option<Tensor>| {
+                let entering = entry.as_ref().map(Tensor::shallow_clone);
+                past(*segment, link, entering, Some(state), transition)
+            };
+            match to {
+                Some(to) if from.is_none() => {
+                    let leaving = leaving(&entry)?.ok_or_else(|| missing("state", *segment))?;
+                    for block in &self.blocks {
+                        sent.push(self.group.send(&narrow(&leaving, block)?, *to)?);
+                    }
+                }
+                Some(_) => {}
+                None => handed = leaving(&entry)?,
+            }
+            entries[*slot] = entry;
+        }
+        sent.into_iter().try_for_each(Pending::wait)?;
+        Ok((entries, self.transitions))
+    }
+}

@@ -1,0 +1,124 @@
+//! Who sends what to whom in the hierarchical scan: arithmetic on the chain alone, which every rank does alike.
+//!
+//! The segments in sequence order fall into runs, each on one node. A state is cut along its key dimension into slices;
+//! inside a node each slice has one rank that scans it across nodes. The scan is that of Hillis and Steele (1986): before
+//! step d a rank knows the sum of the last d runs up to its own, and takes that of run i - d.
+
+use std::ops::Range;
+
+use super::message::cut;
+use super::{Chain, StateSize};
+
+pub(super) struct Route {
+    pub chain: Chain,
+    pub runs: Vec<Run>,
+    /// Rows of the key dimension.
+    pub slices: Vec<Range<i64>>,
+    ranks: usize,
+    node_size: usize,
+}
+
+/// Consecutive segments that lie on one node.
+pub(super) struct Run {
+    pub node: usize,
+    pub segments: Range<usize>,
+}
+
+impl Route {
+    pub fn new(chain: &Chain, node_size: usize, key: i64) -> Self {
+        let mut runs: Vec<Run> = Vec::new();
+        for (segment, &(rank, _)) in chain.owners.iter().enumerate() {
+            let node = rank / node_size;
+            match runs.last_mut() {
+                Some(run) if run.node == node => run.segments.end = segment + 1,
+                _ => runs.push(Run { node, segments: segment..segment + 1 }),
+            }
+        }
+        Self { chain: chain.clone(), runs, slices: cut(key, node_size as i64), ranks: chain.ranks(), node_size }
+    }
+
+    pub fn node_of(&self, rank: usize) -> usize {
+        rank / self.node_size
+    }
+
+    /// The ranks of a node: the last node may have fewer than the others.
+    pub fn members(&self, node: usize) -> Range<usize> {
+        node * self.node_size..self.ranks.min((node + 1) * self.node_size)
+    }
+
+    /// The rank of a node that scans a slice; a later slice never has an earlier rank.
+    pub fn scans(&self, node: usize, slice: usize) -> usize {
+        let members = self.members(node);
+        members.start + slice * members.len() / self.slices.len()
+    }
+
+    /// The slices that a rank scans.
+    pub fn slices_of(&self, rank: usize) -> Vec<usize> {
+        (0..self.slices.len()).filter(|&slice| self.scans(self.node_of(rank), slice) == rank).collect()
+    }
+
+    pub fn runs_of(&self, node: usize) -> Vec<usize> {
+        (0..self.runs.len()).filter(|&run| self.runs[run].node == node).collect()
+    }
+
+    /// The distances of the scan's steps.
+    pub fn steps(&self) -> impl Iterator<Item = usize> + use<> {
+        let runs = self.runs.len();
+        std::iter::successors(Some(1), |d| Some(2 * d)).take_while(move |&d| d < runs)
+    }
+
+    /// The runs whose sum run `i` has before the step of distance `d`.
+    pub fn summed(&self, i: usize, d: usize) -> Range<usize> {
+        (i + 1).saturating_sub(d)..i + 1
+    }
+
+    pub fn segments(&self, runs: Range<usize>) -> Range<usize> {
+        if runs.is_empty() { 0..0 } else { self.runs[runs.start].segments.start..self.runs[runs.end - 1].segments.end }
+    }
+
+    /// Whether what enters some runs leaves them.
+    pub fn passes(&self, runs: Range<usize>) -> bool {
+        self.chain.links[self.segments(runs)].iter().all(|link| link.empty || link.through)
+    }
+
+    /// Whether run `i` takes the sum of run `i - d` in the step of distance `d`.
+    pub fn takes(&self, i: usize, d: usize) -> bool {
+        let leaves = |runs: Range<usize>| {
+            let last = self.chain.links[self.segments(runs)].iter().rfind(|link| !link.empty);
+            last.is_some_and(|link| link.leaves)
+        };
+        i >= d && self.passes(i + 1 - d..i) && leaves(self.summed(i - d, d))
+    }
+
+    /// Whether a state from another run enters run `i`.
+    pub fn enters(&self, i: usize) -> bool {
+        self.steps().any(|d| self.takes(i, d))
+    }
+
+    /// Bytes that a rank receives in one forward scan.
+    pub fn received(&self, rank: usize, size: &StateSize) -> u64 {
+        let node = self.node_of(rank);
+        let members = self.members(node);
+        let slots = self.chain.owners.iter().filter(|(owner, _)| members.contains(owner) && *owner != rank).count();
+        let first = slots as u64 * (size.state() + size.decays());
+
+        let rows = |slice: usize| (self.slices[slice].end - self.slices[slice].start) as u64;
+        let mine = self.slices_of(rank);
+        let (mut across, mut last) = (0, 0);
+        for run in self.runs_of(node) {
+            for d in self.steps().filter(|&d| self.takes(run, d)) {
+                let carries = self.passes(self.summed(run - d, d));
+                for &slice in mine.iter().filter(|&&slice| self.scans(self.runs[run - d].node, slice) != rank) {
+                    across += size.rows(rows(slice)) + if carries { size.decays_of(rows(slice)) } else { 0 };
+                }
+            }
+            if self.enters(run) {
+                last += (0..self.slices.len())
+                    .filter(|slice| !mine.contains(slice))
+                    .map(|s| size.rows(rows(s)))
+                    .sum::<u64>();
+            }
+        }
+        first + across + last
+    }
+}
