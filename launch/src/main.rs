@@ -64,6 +64,7 @@ fn main() {
     failure::install(&launcher);
     let cli = Cli::try_parse().unwrap_or_else(|error| quit(&launcher, &error));
     log();
+    kernels::bridge::keep_freed_memory();
     if let Err(error) = run(cli.command, &launcher) {
         failure::end(&error);
     }

@@ -58,6 +58,7 @@ fn check(o: &Options, mixer: &Chunkwise, decay: &str) -> Result<()> {
 
 fn main() -> Result<()> {
     let o = Options::parse();
+    kernels::bridge::keep_freed_memory();
     tch::set_num_threads(o.threads);
     let _guard = tch::no_grad_guard();
     let mixer = Chunkwise::new(o.chunk, 1.0)?;

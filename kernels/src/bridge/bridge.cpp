@@ -2,6 +2,7 @@
 // gradient, and opening libtorch_cuda. Tensors cross as `at::Tensor*`, owned by the side that made them.
 
 #include <dlfcn.h>
+#include <malloc.h>
 #include <cstring>
 #include <string>
 
@@ -98,6 +99,12 @@ char* lasp_open_cuda() {
   if (dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr) return nullptr;
   const char* why = dlerror();
   return strdup(why == nullptr ? "dlopen failed" : why);
+}
+
+// glibc gives blocks of 32 MiB and more back to the system when they are freed, and every page of the next one faults.
+void lasp_keep_freed_memory() {
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, -1);
 }
 
 void lasp_free(char* message) { free(message); }

@@ -42,9 +42,11 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn lasp_backward(output: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
     fn lasp_open_cuda() -> *mut c_char;
+    fn lasp_keep_freed_memory();
     fn lasp_free(message: *mut c_char);
     fn strdup(text: *const c_char) -> *mut c_char;
     safe fn _exit(status: c_int) -> !;
+    safe fn malloc_trim(pad: usize) -> c_int;
 }
 
 /// What a node holds until its backward has run.
@@ -100,6 +102,19 @@ pub fn open_cuda() -> Result<()> {
 /// and threads that still compute then crash.
 pub fn exit(status: i32) -> ! {
     _exit(status)
+}
+
+/// Gives memory that is freed but kept by the C library, as it keeps a part of what tensors took, back to the system: what
+/// this process then has resident is in use.
+pub fn release_freed_memory() {
+    malloc_trim(0);
+}
+
+/// Makes the allocator keep what is freed, where it would give large blocks back to the system and fault in their pages
+/// anew: activations on the CPU are such blocks. To be called once, before the first tensor.
+pub fn keep_freed_memory() {
+    // SAFETY: sets two parameters of glibc's allocator; they take no pointer and cannot fail in a way that matters.
+    unsafe { lasp_keep_freed_memory() }
 }
 
 unsafe extern "C" fn call_backward(
