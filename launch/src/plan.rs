@@ -111,10 +111,10 @@ fn memory(e: &Estimate) -> String {
 }
 
 fn traffic(e: &Estimate) -> String {
-    let note = e.traffic.not_counted.as_ref().map(|method| {
-        format!("  parallel.linear_method = {method:?}: its messages are not counted, only those of lasp2 would be\n")
-    });
-    let note = note.unwrap_or_default();
+    let note = match e.traffic.not_counted.as_slice() {
+        [] => String::new(),
+        methods => format!("  not counted: those of {}, only those of lasp2 and lasp2h are\n", methods.join(" and ")),
+    };
     if e.traffic.messages.is_empty() && note.is_empty() {
         return "  none\n".to_owned();
     }

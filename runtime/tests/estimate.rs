@@ -81,7 +81,7 @@ fn messages_are_those_of_a_step() {
         let config = config(ranks, overrides);
         for (rank, recorded) in recorded(&config, ranks).into_iter().enumerate() {
             let traffic = traffic_of(&config, rank % config.parallel.sp).unwrap();
-            assert_eq!(traffic.not_counted, None);
+            assert!(traffic.not_counted.is_empty());
             let estimated = sorted(traffic.messages.iter().map(|m| {
                 let counts = [m.each.messages, m.each.bytes_sent, m.each.bytes_received];
                 (format!("{} {}", m.group, m.op), counts.map(|n| n * m.places))
@@ -105,4 +105,13 @@ fn the_busiest_rank_is_meant() {
     let estimate = estimate(&config(2, &[])).unwrap();
     assert_eq!(estimate.tokens.per_rank, [23, 22]);
     assert_eq!(estimate.shapes[0].sizes, [1, 23, 16]);
+}
+
+#[test]
+fn methods_that_are_not_counted_are_named() {
+    let methods = &["parallel.linear_method=lasp1", "parallel.softmax_method=ring"];
+    let traffic = estimate(&config(2, methods)).unwrap().traffic;
+    assert_eq!(traffic.not_counted, ["lasp1", "ring"]);
+    assert!(traffic.messages.iter().all(|message| message.place == "step"));
+    assert!(estimate(&config(1, methods)).unwrap().traffic.not_counted.is_empty());
 }

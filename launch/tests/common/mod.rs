@@ -57,7 +57,12 @@ pub fn mpi() -> bool {
 /// The program, or mpirun of it. The number of threads is passed as `--ranks` by the caller.
 pub fn command(ranks: Ranks) -> Command {
     match ranks {
-        Ranks::Threads(_) => Command::new(PROGRAM),
+        Ranks::Threads(_) => {
+            // Tests run side by side: more threads than cores would spin at each other's barriers.
+            let mut command = Command::new(PROGRAM);
+            command.env("OMP_NUM_THREADS", "1");
+            command
+        }
         Ranks::Mpi(n) => mpirun::mpirun(n, Path::new(PROGRAM)),
     }
 }

@@ -2,8 +2,9 @@
 //! and one optimizer step. Nothing is allocated and no rank is started; `lasp plan` prints it.
 //!
 //! Parameters and traffic are exact (tests hold them against the model and the flight recorder). Memory is what the
-//! formulas of `memory` count, which leaves out allocators and libraries. Documents, if sequences have them, only lower
-//! the work of softmax layers; it is counted as if each sequence were one.
+//! formulas of `memory` count, which leaves out libraries and what an allocator leaves unused: peaks measured on the CPU,
+//! with malloc kept from hoarding, grew with the tokens as estimated within 6 %, checkpointed within 16 %. Documents, if
+//! sequences have them, only lower the work of softmax layers; it is counted as if each sequence were one.
 
 mod flops;
 mod memory;

@@ -16,8 +16,8 @@ const NUMBERS: i64 = 4;
 pub struct Traffic {
     pub messages: Vec<Message>,
     pub total: Sum,
-    /// A method whose messages are not among them.
-    pub not_counted: Option<String>,
+    /// Methods in use whose messages are not among them: only those of lasp2 and lasp2h are counted.
+    pub not_counted: Vec<String>,
 }
 
 /// Operations of one sort.
@@ -50,7 +50,8 @@ impl Sum {
 pub(super) fn count(config: &Config, s: &Sizes, layout: &Layout, parameters: &Parameters, rank: usize) -> Traffic {
     let world = (config.parallel.sp * config.parallel.dp) as i64;
     let forwards = s.passes * if config.train.activation_checkpointing { 2 } else { 1 };
-    let splits = splits(&config.parallel.linear_method);
+    let (linear, softmax) = (&config.parallel.linear_method, &config.parallel.softmax_method);
+    let (splits, gathers_keys) = (splits(linear), softmax == "lasp2h");
     let mut messages = Vec::new();
     let mut add = |place, places, group, op, what, each: Sum| {
         if places > 0 && each.messages > 0 {
@@ -71,7 +72,7 @@ pub(super) fn count(config: &Config, s: &Sizes, layout: &Layout, parameters: &Pa
             add(place, n, "sp", "all_gather", "states, backward", gather(state).times(s.passes));
         }
 
-        let (place, n) = ("softmax layer", s.softmax_layers);
+        let (place, n) = ("softmax layer", if gathers_keys { s.softmax_layers } else { 0 });
         let mine = layout.tokens_per_rank().get(rank).copied().unwrap_or(0);
         let row = |kv_heads: i64, width: i64| s.b * kv_heads * 2 * s.k * width;
         let gather = |heads: i64| Sum {
@@ -95,8 +96,11 @@ pub(super) fn count(config: &Config, s: &Sizes, layout: &Layout, parameters: &Pa
         add("step", 1, "world", "all_reduce", "loss and counts", all_reduce(NUMBERS, 8, world));
     }
     let total = messages.iter().map(|message| message.each.times(message.places)).fold(Sum::default(), plus);
-    let counted = splits.is_some() || s.w == 1 || s.linear_layers == 0;
-    Traffic { messages, total, not_counted: (!counted).then(|| config.parallel.linear_method.clone()) }
+    let used = |layers: i64| s.w > 1 && layers > 0;
+    let mut not_counted = Vec::new();
+    not_counted.extend((splits.is_none() && used(s.linear_layers)).then(|| linear.clone()));
+    not_counted.extend((!gathers_keys && used(s.softmax_layers)).then(|| softmax.clone()));
+    Traffic { messages, total, not_counted }
 }
 
 /// Messages of one of LASP-2's gathers; nothing for another method.
