@@ -1,8 +1,16 @@
-//! Timing as every benchmark here does it: warm-up, at least 20 runs, median with the tenth and ninetieth percentiles.
+//! Timing as every benchmark here does it: warm-up, at least 20 runs, median with the tenth and ninetieth percentiles;
+//! [`compare`], which times methods against each other; [`simulate`], the cost model, for machines that are not here; and
+//! [`calibrate`], which makes such a machine of measurements.
+
+pub mod calibrate;
+pub mod compare;
+pub mod simulate;
 
 use std::time::Instant;
 
-#[derive(Clone, Copy, Debug)]
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
     pub median_ms: f64,
     pub p10_ms: f64,
@@ -10,7 +18,7 @@ pub struct Timing {
 }
 
 impl Timing {
-    fn of(mut ms: Vec<f64>) -> Self {
+    pub(crate) fn of(mut ms: Vec<f64>) -> Self {
         ms.sort_by(f64::total_cmp);
         let at = |share: f64| ms[((ms.len() - 1) as f64 * share).round() as usize];
         Self { median_ms: at(0.5), p10_ms: at(0.1), p90_ms: at(0.9) }

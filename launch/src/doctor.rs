@@ -81,12 +81,14 @@ fn program() -> Finding {
     Finding { name: "lasp", found, mend, detail: json!({ "version": env!("CARGO_PKG_VERSION"), "mpi": mpi }) }
 }
 
-fn machine() -> Finding {
+/// Bytes of a line of /proc/meminfo; 0 if there is none.
+pub fn memory(key: &str) -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let memory = |key: &str| {
-        let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
-        line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
-    };
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+fn machine() -> Finding {
     let (total, available) = (memory("MemTotal"), memory("MemAvailable"));
     let found = format!("{} cores, {} memory, {} of it available", cores(), bytes(total), bytes(available));
     let detail = json!({ "cores": cores(), "memory_bytes": total, "available_bytes": available });
@@ -105,15 +107,22 @@ fn libtorch() -> Option<PathBuf> {
     Some(loaded("libtorch_cpu.so")?.parent()?.parent()?.to_owned())
 }
 
-fn about_libtorch(folder: Option<&Path>) -> Finding {
+/// The version of the libtorch that this process has loaded, where it can be told.
+pub fn libtorch_version() -> Option<String> {
+    version_in(&libtorch()?)
+}
+
+fn version_in(folder: &Path) -> Option<String> {
     // A PyTorch wheel has version.py, a libtorch archive build-version.
-    let version = folder.and_then(|folder| {
-        let quoted = fs::read_to_string(folder.join("version.py")).ok().and_then(|text| {
-            let line = text.lines().find_map(|line| line.strip_prefix("__version__ = '"))?;
-            Some(line.trim_end_matches('\'').to_owned())
-        });
-        quoted.or_else(|| Some(fs::read_to_string(folder.join("build-version")).ok()?.trim().to_owned()))
+    let quoted = fs::read_to_string(folder.join("version.py")).ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("__version__ = '"))?;
+        Some(line.trim_end_matches('\'').to_owned())
     });
+    quoted.or_else(|| Some(fs::read_to_string(folder.join("build-version")).ok()?.trim().to_owned()))
+}
+
+fn about_libtorch(folder: Option<&Path>) -> Finding {
+    let version = folder.and_then(version_in);
     let at = folder.map_or_else(|| "unknown place".to_owned(), |folder| folder.display().to_string());
     let found = format!("{}, {at}", version.as_deref().unwrap_or("version unknown"));
     let mend = version

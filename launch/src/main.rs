@@ -6,6 +6,8 @@
 
 mod attend;
 mod bench;
+mod calibrate;
+mod compare;
 mod data;
 mod doctor;
 mod failure;
@@ -15,6 +17,7 @@ mod identity;
 mod job;
 mod output;
 mod plan;
+mod simulate;
 mod train;
 
 use std::fmt;
@@ -51,9 +54,12 @@ enum Command {
     #[command(subcommand)]
     Data(data::Command),
     Plan(plan::Args),
+    Simulate(simulate::Args),
     Attend(attend::Args),
     #[command(subcommand)]
     Bench(bench::Command),
+    Compare(compare::Args),
+    Calibrate(calibrate::Args),
     Doctor(doctor::Args),
     #[command(hide = true)]
     Fault(fault::Args),
@@ -76,11 +82,14 @@ fn run(command: Command, launcher: &Launcher) -> Result<()> {
         Command::Train(args) => train::run(args, launcher),
         Command::Attend(args) => attend::run(args, launcher),
         Command::Bench(command) => bench::run(command, launcher),
+        Command::Compare(args) => compare::run(args, launcher),
+        Command::Calibrate(args) => calibrate::run(args, launcher),
         Command::Fault(args) => fault::run(args, launcher),
         // One process is enough for these, however many were started.
         _ if !first => Ok(()),
         Command::Generate(args) => generate::run(args, launcher),
         Command::Plan(args) => plan::run(args),
+        Command::Simulate(args) => simulate::run(args),
         Command::Data(command) => data::run(command),
         Command::Doctor(args) => doctor::run(args),
     }

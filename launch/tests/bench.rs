@@ -55,8 +55,9 @@ fn the_table_shows_the_bandwidth_of_an_emulated_network() {
         let number = |column: usize| row[column].parse::<f64>().unwrap();
         assert_eq!((row.len(), row[0].as_str(), row[1].as_str()), (8, op, "4194304"));
         let ideal_us = factor * 4194304.0 / 50.0;
-        assert!(number(2) >= ideal_us && number(2) < 1.25 * ideal_us, "{row:?}, expected about {ideal_us} us");
-        assert!(number(6) > 0.8 * 0.050 && number(6) <= 0.050, "{row:?}");
+        // A rank's clock starts when it leaves the barrier: a sender may have left it a little earlier than its receiver.
+        assert!(number(2) > 0.99 * ideal_us && number(2) < 1.25 * ideal_us, "{row:?}, expected about {ideal_us} us");
+        assert!(number(6) > 0.8 * 0.050 && number(6) < 1.01 * 0.050, "{row:?}");
         assert!((number(6) - factor * number(5)).abs() < 0.0015, "{row:?}");
     }
     assert_eq!(lines.next(), None);

@@ -1,5 +1,6 @@
 //! A machine as the cost model sees it: what a GPU computes and holds, what links carry, what a step costs besides. Read from
-//! TOML and written to it, so that measurements can become a machine; unknown keys are errors. The presets are embedded.
+//! TOML and written to it, so that measurements can become a machine; unknown keys are errors. A file may start from an embedded
+//! machine, `base = "h100-dgx"`, and give only what differs.
 //!
 //! Bandwidths are in 1e9 bytes a second, memory in 1e9 bytes. Sources of the presets' numbers are in their files; constants
 //! that were fitted to published runs are listed in `fit`.
@@ -7,6 +8,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
 
 use super::{Error, Result};
 
@@ -147,7 +149,7 @@ impl Machine {
         }
         let text = std::fs::read_to_string(Path::new(name_or_path)).map_err(|source| Error::Machine {
             name: name_or_path.to_owned(),
-            message: format!("{source}; expected a TOML file, or one of {}", Machine::presets().collect::<Vec<_>>().join(", ")),
+            message: format!("{source}; expected a TOML file, or one of {}", names()),
         })?;
         Machine::from_toml(&text, name_or_path)
     }
@@ -155,7 +157,14 @@ impl Machine {
     /// Parses and checks; `name` is what errors call the text.
     pub fn from_toml(text: &str, name: &str) -> Result<Machine> {
         let wrong = |message: String| Error::Machine { name: name.to_owned(), message };
-        let machine: Machine = toml::from_str(text).map_err(|error| wrong(error.to_string().trim_end().to_owned()))?;
+        let syntax = |error: toml::de::Error| wrong(error.to_string().trim_end().to_owned());
+        let mut table: Table = text.parse().map_err(syntax)?;
+        if let Some(base) = table.remove("base") {
+            let known = base.as_str().and_then(|base| PRESETS.iter().find(|(name, _)| *name == base));
+            let (_, below) = known.ok_or_else(|| wrong(format!("base: found {base}, expected one of {}", names())))?;
+            table = laid_over(below.parse().map_err(syntax)?, table);
+        }
+        let machine: Machine = table.try_into().map_err(syntax)?;
         machine.check().map_err(wrong)?;
         Ok(machine)
     }
@@ -214,6 +223,29 @@ impl Machine {
     }
 }
 
+impl Training {
+    /// Ranks of `gpus` that share one copy of what is sharded.
+    pub fn shard_group(&self, gpus: usize) -> usize {
+        if self.shards == 0 { gpus } else { self.shards.min(gpus) }
+    }
+}
+
+fn names() -> String {
+    Machine::presets().collect::<Vec<_>>().join(", ")
+}
+
+/// `above` where it has a value, `below` elsewhere.
+fn laid_over(mut below: Table, above: Table) -> Table {
+    for (key, value) in above {
+        let value = match (below.remove(&key), value) {
+            (Some(Value::Table(below)), Value::Table(above)) => Value::Table(laid_over(below, above)),
+            (_, above) => above,
+        };
+        below.insert(key, value);
+    }
+    below
+}
+
 impl Network {
     pub(super) fn protocols(&self) -> [&Protocol; 3] {
         [&self.simple, &self.ll128, &self.ll]
@@ -241,6 +273,8 @@ mod tests {
         assert!(unknown.contains("my.toml") && unknown.contains("unknown field `peak_flops`"), "{unknown}");
         let negative = message(text.replace("hop_us = 0.0", "hop_us = -1.0"));
         assert!(negative.contains("network.hop_us: found -1, expected a number of at least 0"), "{negative}");
+        let base = message("base = \"h900\"".to_owned());
+        assert!(base.contains("found \"h900\", expected one of a100-dgx"), "{base}");
         let missing = Machine::load("no-such-machine").unwrap_err().to_string();
         assert!(missing.contains("no-such-machine") && missing.contains("h100-dgx"), "{missing}");
     }

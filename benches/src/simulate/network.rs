@@ -46,6 +46,14 @@ impl<'a> Network<'a> {
         self.unless_free(ranks, || self.ring(ranks, 1.0, (ranks - 1) as f64 * bytes))
     }
 
+    /// The same for one more message right behind another: its way around the ring overlaps with that of the one before.
+    pub fn all_gather_behind(&self, ranks: usize, bytes: f64) -> f64 {
+        let received = (ranks - 1) as f64 * bytes;
+        let time =
+            |protocol: &Protocol| protocol.base_us * MICRO + received / (self.bus(ranks) * protocol.bandwidth_share);
+        self.unless_free(ranks, || self.quickest(time))
+    }
+
     /// AllReduce of `bytes`: around the ring twice, or, if that is quicker, up and down a tree over the nodes.
     pub fn all_reduce(&self, ranks: usize, bytes: f64) -> f64 {
         let travelled = 2.0 * (ranks - 1) as f64 / ranks as f64 * bytes;
@@ -56,6 +64,20 @@ impl<'a> Network<'a> {
                 + travelled / (self.bus(ranks) * protocol.bandwidth_share)
         };
         self.unless_free(ranks, || self.ring(ranks, 2.0, travelled).min(self.call() + self.quickest(tree)))
+    }
+
+    /// AllReduce of `bytes` between `replicas`, as many groups of ranks, each rank with its counterparts in the others: all hops
+    /// leave the node, and the ranks of a node share its NICs.
+    pub fn all_reduce_replicas(&self, replicas: usize, bytes: f64) -> f64 {
+        let network = &self.machine.network;
+        let share = network.across_gbps / self.machine.gpus_per_node as f64;
+        let bus = share.min(network.inter_gbps) * network.collective_efficiency * GIGA;
+        let travelled = 2.0 * (replicas - 1) as f64 / replicas as f64 * bytes;
+        let time = |protocol: &Protocol| {
+            (protocol.base_us + 2.0 * (replicas - 1) as f64 * protocol.inter_us) * MICRO
+                + travelled / (bus * protocol.bandwidth_share)
+        };
+        self.unless_free(replicas, || self.call() + self.quickest(time))
     }
 
     /// All-to-all in which each rank sends `bytes` in all to others: the part for other nodes through its NIC, the rest inside.

@@ -1,6 +1,6 @@
 //! Decays that are constants of a head.
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use super::Result;
 use crate::config::DecayKind;
@@ -18,7 +18,7 @@ pub fn constant_decay(kind: DecayKind, heads: i64, layer: usize, layers: usize) 
         DecayKind::Retention => (0..heads).map(|h| (-(2f64.powi(-5 - h as i32))).ln_1p()).collect(),
         DecayKind::None | DecayKind::Token | DecayKind::Channel => return Ok(None),
     };
-    Ok(Some(Tensor::f_from_slice(&logs)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?))
+    Ok(Some(Tensor::f_from_slice(&logs)?))
 }
 
 /// ALiBi's slopes (arXiv 2108.12409): `2^{-8(h+1)/H}` for H a power of two; else those of the next lower power of two, then

@@ -98,6 +98,11 @@ impl Model {
         rms_norm(&x, &self.norm, self.config.norm_eps)
     }
 
+    /// The layers, the first one first.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
     /// The sum of the cross-entropies of `hidden` `[B, T, D]` against `labels` `[B, T]`, in nats; scalar, f32 or f64.
     pub fn loss(&self, hidden: &Tensor, labels: &Tensor) -> Result<Tensor> {
         loss::linear_cross_entropy(hidden, &self.head, labels)

@@ -15,19 +15,21 @@ for (const figure of document.querySelectorAll("figure")) {
     const box = svg.getBoundingClientRect(), scale = svg.viewBox.baseVal.width / box.width;
     const share = ((event.clientX - box.left) * scale - plot.left) / (plot.right - plot.left);
     if (share < -0.02 || share > 1.02) return hide();
+    const place = value => plot.log ? Math.log(value) : value;
     const wanted = plot.x[0] + share * (plot.x[1] - plot.x[0]);
-    const nearest = points => points.reduce((a, b) => Math.abs(b[0] - wanted) < Math.abs(a[0] - wanted) ? b : a);
+    const far = point => Math.abs(place(point[0]) - wanted);
+    const nearest = points => points.reduce((a, b) => far(b) < far(a) ? b : a);
     const found = plot.series.filter(s => s.points.length).map(s => ({ ...s, point: nearest(s.points) }));
     if (!found.length) return hide();
     const step = found[0].point[0];
-    const x = plot.left + (step - plot.x[0]) / (plot.x[1] - plot.x[0]) * (plot.right - plot.left);
+    const x = plot.left + (place(step) - plot.x[0]) / (plot.x[1] - plot.x[0]) * (plot.right - plot.left);
     cursor.setAttribute("transform", `translate(${x} 0)`);
     cursor.setAttribute("visibility", "visible");
-    tip.replaceChildren(Object.assign(document.createElement("b"), { textContent: `step ${step}` }));
+    tip.replaceChildren(Object.assign(document.createElement("b"), { textContent: `${plot.name} ${step}` }));
     for (const { name, class: colour, point } of found) {
       const row = document.createElement("div"), mark = document.createElement("i");
       mark.className = colour;
-      const where = point[0] === step ? "" : ` (step ${point[0]})`;
+      const where = point[0] === step ? "" : ` (${plot.name} ${point[0]})`;
       row.append(mark, `${name}: ${number(point[1])}${where}`);
       tip.append(row);
     }

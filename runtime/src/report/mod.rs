@@ -1,13 +1,13 @@
 //! The report of a run: `report.html` in the run folder, made from `metrics.jsonl` and `config.toml` alone. One file
 //! that needs nothing else: style, script and curves are inside, and it follows the reader's light or dark theme.
 
-mod chart;
+pub mod chart;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use chart::{Chart, Mark, Series};
+use chart::{Axis, Chart, Mark, Scale, Series};
 
 use crate::atomic;
 use crate::config::Config;
@@ -50,19 +50,7 @@ pub fn write(run_dir: &Path) -> Result<PathBuf> {
 
 fn page(name: &str, records: &[StepRecord], config: Option<&str>) -> String {
     let parsed = config.and_then(|text| Config::from_toml_str(text, "config.toml", &[]).ok());
-    let mut html = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>{0} · training report</title>\n<style>\n{1}</style>\n</head>\n<body>\n<main>\n\
-         <header><p class=\"kicker\">Training report</p><h1>{0}</h1>",
-        escape(name),
-        include_str!("style.css"),
-    );
-    if let Some(config) = &parsed {
-        html += &format!("<p class=\"about\">{}</p>", escape(&about(config)));
-    }
-    html += "</header>\n";
-    html += &headline(records, parsed.as_ref());
+    let mut html = headline(&figures(records, parsed.as_ref()));
     html += &loss_chart(records).render();
     html += "<section class=\"pair\">\n";
     for chart in small_charts(records) {
@@ -75,6 +63,39 @@ fn page(name: &str, records: &[StepRecord], config: Option<&str>) -> String {
             escape(text.trim_end())
         );
     }
+    let about = parsed.as_ref().map(about).unwrap_or_default();
+    document(&Head { kicker: "Training report", title: name, about: &about, style: "" }, &html)
+}
+
+/// What a report says before anything else.
+pub struct Head<'a> {
+    /// What kind of report it is.
+    pub kicker: &'a str,
+    pub title: &'a str,
+    /// May be empty.
+    pub about: &'a str,
+    /// Style that the report needs beside that of all reports.
+    pub style: &'a str,
+}
+
+/// A report as one HTML file; `body` is HTML, the head is text.
+pub fn document(head: &Head, body: &str) -> String {
+    let Head { kicker, title, about, style } = *head;
+    let mut html = format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <title>{0} · {1}</title>\n<style>\n{2}{style}</style>\n</head>\n<body>\n<main>\n\
+         <header><p class=\"kicker\">{3}</p><h1>{0}</h1>",
+        escape(title),
+        escape(&kicker.to_lowercase()),
+        include_str!("style.css"),
+        escape(kicker),
+    );
+    if !about.is_empty() {
+        html += &format!("<p class=\"about\">{}</p>", escape(about));
+    }
+    html += "</header>\n";
+    html += body;
     html += &format!("</main>\n<script>\n{}</script>\n</body>\n</html>\n", include_str!("hover.js"));
     html
 }
@@ -98,8 +119,18 @@ fn about(config: &Config) -> String {
     )
 }
 
-/// The row of numbers at the top.
-fn headline(records: &[StepRecord], config: Option<&Config>) -> String {
+/// The row of numbers at the top: what each is, its value, and a note.
+pub fn headline(figures: &[(&str, String, String)]) -> String {
+    let mut html = "<dl class=\"headline\">\n".to_owned();
+    for (label, value, note) in figures {
+        let (label, value, note) = (escape(label), escape(value), escape(note));
+        html += &format!("<div><dt>{label}</dt><dd>{value}</dd><dd class=\"note\">{note}</dd></div>\n");
+    }
+    html += "</dl>\n";
+    html
+}
+
+fn figures(records: &[StepRecord], config: Option<&Config>) -> Vec<(&'static str, String, String)> {
     let none = || ("–".to_owned(), String::new());
     let last = records.last();
     let steps = |step: u64| match config {
@@ -125,20 +156,19 @@ fn headline(records: &[StepRecord], config: Option<&Config>) -> String {
     });
     let exposed = median(records.iter().map(|record| record.exposed_comm_pct))
         .map(|percent| (format!("{percent:.1}%"), "median of all steps".to_owned()));
-    let mut html = "<dl class=\"headline\">\n".to_owned();
-    for (label, entry) in [
+    let entries = [
         ("Final loss", final_loss),
         ("Best validation loss", best),
         ("Tokens", tokens),
         ("Tokens per second", rate),
         ("Training time", time),
         ("Exposed communication", exposed),
-    ] {
+    ];
+    let figure = |(label, entry): (&'static str, Option<(String, String)>)| {
         let (value, note) = entry.unwrap_or_else(none);
-        html += &format!("<div><dt>{label}</dt><dd>{value}</dd><dd class=\"note\">{note}</dd></div>\n");
-    }
-    html += "</dl>\n";
-    html
+        (label, value, note)
+    };
+    entries.into_iter().map(figure).collect()
 }
 
 fn loss_chart(records: &[StepRecord]) -> Chart {
@@ -146,30 +176,35 @@ fn loss_chart(records: &[StepRecord]) -> Chart {
     let smoothed = smooth(&training);
     let validation = records.iter().filter_map(|record| Some((record.step as f64, record.val_loss?))).collect();
     Chart {
-        title: "Loss",
-        y_title: "loss (nats per token)",
+        title: "Loss".into(),
+        note: "".into(),
+        x: steps(),
+        y: Axis { title: "loss (nats per token)".into(), name: "loss", scale: Scale::Linear, format: plain },
         width: 1080.0,
         height: 380.0,
-        from_zero: false,
-        format: plain,
         series: vec![
-            Series { name: "training, each step", class: "train", mark: Mark::Faint, points: training },
-            Series { name: "training, smoothed", class: "train", mark: Mark::Line, points: smoothed },
-            Series { name: "validation", class: "validation", mark: Mark::Dots, points: validation },
+            Series { name: "training, each step".into(), class: "train", mark: Mark::Faint, points: training },
+            Series { name: "training, smoothed".into(), class: "train", mark: Mark::Line, points: smoothed },
+            Series { name: "validation".into(), class: "validation", mark: Mark::Dots, points: validation },
         ],
     }
 }
 
+fn steps() -> Axis {
+    Axis { title: "optimizer step".into(), name: "step", scale: Scale::Whole, format: |step| step.to_string() }
+}
+
 fn small_charts(records: &[StepRecord]) -> [Chart; 4] {
-    let small = |title, y_title, class, format, value: fn(&StepRecord) -> f64, noisy| {
+    let small = |title: &'static str, y: &'static str, class, format, value: fn(&StepRecord) -> f64, noisy| {
         let points = points(records, value);
         let smoothed = smooth(&points);
-        let each = Series { name: "each step", class, mark: if noisy { Mark::Faint } else { Mark::Line }, points };
-        let mut series = vec![each];
+        let mark = if noisy { Mark::Faint } else { Mark::Line };
+        let mut series = vec![Series { name: "each step".into(), class, mark, points }];
         if noisy {
-            series.push(Series { name: "smoothed", class, mark: Mark::Line, points: smoothed });
+            series.push(Series { name: "smoothed".into(), class, mark: Mark::Line, points: smoothed });
         }
-        Chart { title, y_title, width: 528.0, height: 240.0, from_zero: true, format, series }
+        let y = Axis { title: y.into(), name: y, scale: Scale::FromZero, format };
+        Chart { title: title.into(), note: "".into(), x: steps(), y, width: 528.0, height: 240.0, series }
     };
     [
         small("Learning rate", "learning rate", "lr", plain, |r| r.lr, false),
@@ -217,12 +252,12 @@ fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
 }
 
 /// As few digits as tell the value.
-fn plain(value: f64) -> String {
+pub fn plain(value: f64) -> String {
     if value != 0.0 && (value.abs() < 1e-2 || value.abs() >= 1e5) { format!("{value:e}") } else { value.to_string() }
 }
 
 /// As `plain`, with a decimal prefix.
-fn compact(value: f64) -> String {
+pub fn compact(value: f64) -> String {
     match value.abs() {
         large if large >= 1e9 => format!("{}G", value / 1e9),
         large if large >= 1e6 => format!("{}M", value / 1e6),
@@ -232,7 +267,7 @@ fn compact(value: f64) -> String {
 }
 
 /// Text made safe for HTML, inside elements and quoted attributes.
-fn escape(text: &str) -> String {
+pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for letter in text.chars() {
         match letter {

@@ -1,0 +1,164 @@
+//! All methods at one length: warm-up, then rounds in which every method has its turn, in another order each round, so that a
+//! noisy machine favours none; then one more step of each for its memory.
+
+use anyhow::{Context, Result, ensure};
+use collectives::{Group, Mesh};
+
+use super::exchange::gather;
+use super::lanes::{self, Counts, Lanes, Phase};
+use super::memory::{self, Memory};
+use super::method::Entrant;
+use super::row::{Measured, Row};
+use super::traffic::{Bound, Expected, expected};
+use super::work::{self, Work};
+use super::{Mode, Options};
+use crate::Timing;
+
+const WARM_UP: usize = 2;
+
+/// A method at work, and what its rounds gave on this rank.
+struct Contender<'a> {
+    entrant: &'a Entrant,
+    work: Box<dyn Work>,
+    /// By phase.
+    expected: Vec<Expected>,
+    rounds: Vec<Vec<(Counts, Phase)>>,
+    memory: Option<Memory>,
+}
+
+/// Collective.
+pub(super) fn rows(options: &Options, mesh: &Mesh, entrants: &[Entrant], tokens: i64) -> Result<Vec<Row>> {
+    let world = &mesh.world;
+    let mut contenders = Vec::new();
+    for entrant in entrants.iter().filter(|entrant| entrant.refused.is_none()) {
+        let plan = work::plan(mesh, entrant.method.layout, tokens)?;
+        let expected = expected(options, entrant, &plan);
+        let work = work::new(options, mesh, entrant, tokens)?;
+        contenders.push(Contender { entrant, work, expected, rounds: vec![], memory: None });
+    }
+    let count = contenders.len();
+    for round in 0..WARM_UP + options.rounds {
+        for turn in 0..count {
+            let contender = &mut contenders[(round + turn) % count];
+            let name = || format!("{}, {} ranks, {tokens} tokens", contender.entrant.method.label(), world.size());
+            let phases = step(world, contender.work.as_mut())?;
+            check(&name(), contender.work.phases(), world, &contender.expected, &phases)?;
+            if round >= WARM_UP {
+                contender.rounds.push(phases);
+            }
+        }
+    }
+    for contender in &mut contenders {
+        let work = contender.work.as_mut();
+        contender.memory = memory::of_step(world, || {
+            (0..work.phases().len()).try_for_each(|phase| work.run(phase))?;
+            work.tidy()
+        })?;
+    }
+    let mut contenders = contenders.into_iter();
+    let mut rows = Vec::with_capacity(entrants.len());
+    for entrant in entrants {
+        let measured = match entrant.refused {
+            Some(_) => None,
+            None => Some(measured(options, world, tokens, contenders.next().context("a method without a turn")?)?),
+        };
+        rows.push(Row {
+            method: entrant.method.label(),
+            quadratic: entrant.method.is_left_product(),
+            layout: entrant.method.layout,
+            mixer: options.mixer,
+            mode: options.mode,
+            ranks: world.size(),
+            tokens,
+            skipped: entrant.refused.clone(),
+            measured,
+        });
+    }
+    Ok(rows)
+}
+
+/// One step, each phase from a barrier.
+fn step(world: &Group, work: &mut dyn Work) -> Result<Vec<(Counts, Phase)>> {
+    let recorder = world.recorder();
+    let mut phases = Vec::with_capacity(work.phases().len());
+    for phase in 0..work.phases().len() {
+        world.barrier()?.wait()?;
+        recorder.clear();
+        let start = recorder.now();
+        work.run(phase)?;
+        let end = recorder.now();
+        phases.push(lanes::read(recorder, start, end));
+    }
+    work.tidy()?;
+    Ok(phases)
+}
+
+/// Holds the bytes that were counted against the formula.
+fn check(name: &str, phases: &[&str], world: &Group, expected: &[Expected], counted: &[(Counts, Phase)]) -> Result<()> {
+    for ((phase, expected), (counts, _)) in phases.iter().zip(expected).zip(counted) {
+        let most = if expected.bound == Bound::AtMost { "at most " } else { "" };
+        let sent = expected.sent.map_or_else(String::new, |sent| format!(" and {sent} bytes sent"));
+        ensure!(
+            expected.allows(counts.method_received, counts.method_sent),
+            "{name}: rank {} counted {} bytes received and {} bytes sent in {phase}, its formula says {most}{} bytes \
+             received{sent} (runtime::sequence, Scan::received and traffic); so there are no figures",
+            world.rank(),
+            counts.method_received,
+            counts.method_sent,
+            expected.received
+        );
+    }
+    Ok(())
+}
+
+fn measured(options: &Options, world: &Group, tokens: i64, contender: Contender) -> Result<Measured> {
+    let Contender { work, rounds, expected, memory, .. } = contender;
+    let counts: Vec<Vec<Counts>> =
+        rounds.iter().map(|phases| phases.iter().map(|(counts, _)| *counts).collect()).collect();
+    let ranks = gather(world, &counts)?;
+    let slowest = |round: usize, phase: usize| {
+        let ns = ranks.iter().map(|rounds| rounds[round][phase].ns).max().unwrap_or(0);
+        ns as f64 / 1e6
+    };
+    let phases = work.phases().len();
+    let rounds_of = |phase: usize| (0..rounds.len()).map(|round| slowest(round, phase)).collect::<Vec<_>>();
+    let steps: Vec<f64> = (0..rounds.len()).map(|round| (0..phases).map(|phase| slowest(round, phase)).sum()).collect();
+
+    let total = |rank: usize, round: usize, of: fn(&Counts) -> u64| ranks[rank][round].iter().map(of).sum::<u64>();
+    let of_last = |of: fn(&Counts) -> u64| (0..ranks.len()).map(|rank| total(rank, rounds.len() - 1, of)).collect();
+    let all = |of: fn(&Counts) -> u64| -> u64 { ranks.iter().flatten().flatten().map(of).sum() };
+    let exposed = (0..rounds.len()).map(|round| {
+        let waited: u64 = (0..ranks.len()).map(|rank| total(rank, round, |counts| counts.exposed_ns)).sum();
+        waited as f64 / 1e6 / ranks.len() as f64 / steps[round]
+    });
+    let communication = all(|counts| counts.communication_ns);
+    let hidden = all(|counts| counts.hidden_ns) as f64 / communication as f64;
+
+    let step = Timing::of(steps.clone());
+    let off = |round: &usize| (steps[*round] - step.median_ms).abs();
+    let median = (0..rounds.len()).min_by(|a, b| off(a).total_cmp(&off(b))).context("no rounds")?;
+    let spans: Vec<Phase> = rounds[median].iter().map(|(_, phase)| phase.clone()).collect();
+    let lanes =
+        Lanes { phases: work.phases().iter().map(|name| (*name).to_owned()).collect(), ranks: gather(world, &spans)? };
+    let formula = expected.iter().fold(Expected::default(), |sum, phase| sum.plus(*phase));
+    let timing = |phase: usize| (phases == 2).then(|| Timing::of(rounds_of(phase)));
+    let batch = if options.mode == Mode::Train { options.config.train.batch } else { 1 };
+    let tokens_per_s = tokens as f64 * batch as f64 / step.median_ms * 1e3;
+    Ok(Measured {
+        forward: timing(0),
+        backward: timing(1),
+        step,
+        tokens_per_s,
+        tokens_per_s_and_rank: tokens_per_s / world.size() as f64,
+        memory,
+        sent: of_last(|counts| counts.sent),
+        received: of_last(|counts| counts.received),
+        messages: of_last(|counts| counts.messages),
+        layers_received: of_last(|counts| counts.method_received),
+        formula_received: gather(world, &formula.received)?,
+        formula: formula.bound,
+        exposed: Timing::of(exposed.collect()).median_ms,
+        hidden: (communication > 0).then_some(hidden),
+        lanes: Some(lanes),
+    })
+}

@@ -1,0 +1,87 @@
+//! The cost model of the comparison harness: what a training step takes, and what memory, on a machine that is not here. A
+//! [`Machine`] and a [`Method`] make a [`Prediction`] of a [`Workload`]; `fit` holds the model against `published`, and `report`
+//! writes down how far off it is. No tensor is made.
+//!
+//! Every rank's compute stream and links are simulated (`timeline`): collectives start with the last rank, chains pass from
+//! rank to rank, so that overlap, chains and causal imbalance come out instead of being put in. What each piece of work takes
+//! is in `costs` and `network`; `step` issues them in the order of the trainer.
+
+mod attention;
+mod costs;
+mod exchange;
+pub mod fit;
+pub mod machine;
+mod memory;
+pub mod method;
+mod network;
+pub mod published;
+pub mod report;
+mod step;
+pub mod sweep;
+mod timeline;
+
+use runtime::config::{self, Config};
+use runtime::sequence;
+use serde::Serialize;
+
+pub use machine::Machine;
+pub use memory::MemoryUse;
+pub use method::Method;
+pub use step::{attention_share, exchange_seconds, predict, step_seconds};
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("machine {name}: {message}")]
+    Machine { name: String, message: String },
+    #[error(
+        "method `{found}`: expected LINEAR, SOFTMAX or LINEAR+SOFTMAX, then @zigzag or @contiguous if not as configured; \
+         LINEAR one of {} (then :released for the released code's order), SOFTMAX one of {}",
+        method::LINEAR.join(", "), method::SOFTMAX.join(", ")
+    )]
+    Method { found: String },
+    #[error(
+        "ulysses needs the number of GPUs to divide the heads: {heads} heads, {ranks} GPUs; use lasp2h, or fewer GPUs"
+    )]
+    Ulysses { heads: usize, ranks: usize },
+    #[error("a point needs at least one GPU and one token each: {seq_len} tokens, {gpus} GPUs (--gpus, --seq-lens)")]
+    Point { gpus: usize, seq_len: usize },
+    #[error("{option}: found `{found}`, expected {expected}")]
+    Range { option: &'static str, found: String, expected: &'static str },
+    #[error("published figures: {0}")]
+    Published(String),
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error(transparent)]
+    Sequence(#[from] sequence::Error),
+}
+
+/// One sequence a step on all GPUs: batch 1, `sp = gpus`.
+#[derive(Clone, Debug)]
+pub struct Workload<'a> {
+    pub config: &'a Config,
+    pub gpus: usize,
+    /// Tokens of the sequence.
+    pub seq_len: usize,
+}
+
+/// Times in seconds, amounts in bytes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Prediction {
+    pub machine: String,
+    pub method: String,
+    pub gpus: usize,
+    pub seq_len: usize,
+    pub step_s: f64,
+    pub tokens_per_s: f64,
+    pub tokens_per_s_per_gpu: f64,
+    /// By how much the step would be shorter if communication took no time.
+    pub exposed_s: f64,
+    /// Time that compute streams stand still for other ranks, the mean of all: communication and imbalance.
+    pub waited_s: f64,
+    /// By exchanges of layers, the mean of all ranks.
+    pub received: f64,
+    pub memory: MemoryUse,
+    pub out_of_memory: bool,
+}

@@ -1,0 +1,339 @@
+//! `lasp compare`: methods of sequence parallelism on the same work, as tables, `results.jsonl` and `report.html`. The
+//! comparing is `benches::compare`; here are the command line, the ranks, and the files.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, bail};
+use benches::compare::report::{self, Conditions};
+use benches::compare::table::{self, LEGEND, Table};
+use benches::compare::{Comparison, Method, Mixer, Mode, Options, Row};
+use clap::ValueEnum;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use collectives::Group;
+use collectives::local::Network;
+use runtime::config::{Config, DecayKind, LayoutKind};
+use serde_json::{Value, json};
+
+use crate::identity::{Launcher, cores};
+use crate::{doctor, job, output};
+
+/// Time methods of sequence parallelism against each other: tables, results.jsonl, report.html
+#[derive(clap::Args)]
+#[command(after_help = LEGEND)]
+pub struct Args {
+    /// A configuration whose sizes are taken where no option gives them [default: 8 heads of 64, 2 layers]
+    config: Option<PathBuf>,
+    /// Only these, each with settings and a layout if wanted, as in lasp2:splits=4,"ring zigzag" [default: all of the mixer]
+    #[arg(long, value_name = "METHOD,..")]
+    methods: Option<String>,
+    /// Lengths of the sequence over all ranks; K and M are 1024 and 1024^2
+    #[arg(long, value_name = "TOKENS,..", value_delimiter = ',', default_value = "4K,8K,16K", value_parser = tokens)]
+    seq_lens: Vec<i64>,
+    /// Numbers of ranks, as threads; under mpirun, if given, its number of processes [default: 2]
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    ranks: Vec<usize>,
+    /// Whose methods
+    #[arg(long, default_value = "linear", value_parser = one_of(&[Mixer::Linear, Mixer::Softmax], Mixer::name))]
+    mixer: Mixer,
+    /// What is timed: the attention operator, one layer of the model, or training steps of the model; each with backward
+    #[arg(long, default_value = "operator", value_parser = one_of(&[Mode::Operator, Mode::Layer, Mode::Train], Mode::name))]
+    mode: Mode,
+    /// Decay of linear layers
+    #[arg(long, value_enum)]
+    decay: Option<Decay>,
+    /// Heads; query heads of softmax layers
+    #[arg(long, value_name = "H")]
+    heads: Option<i64>,
+    /// Key and value heads of softmax layers
+    #[arg(long, value_name = "H")]
+    kv_heads: Option<i64>,
+    /// Width of a head, K = V
+    #[arg(long, value_name = "K")]
+    dim: Option<i64>,
+    /// Chunk length of linear attention
+    #[arg(long, value_name = "C")]
+    chunk: Option<i64>,
+    /// Element type
+    #[arg(long, value_parser = ["f32", "bf16", "f64"])]
+    dtype: Option<String>,
+    /// Layout of methods that name none
+    #[arg(long, value_enum)]
+    layout: Option<Layout>,
+    /// Change another setting of the configuration; may be repeated
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+    /// Emulate this network between ranks that are threads: ranks on a node, latency/bandwidth within and between nodes,
+    /// as in node=4,intra=2us/100GB/s,inter=20us/10GB/s
+    #[arg(long, value_name = "NETWORK")]
+    network: Option<Network>,
+    /// Timed rounds of each method
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = rounds)]
+    rounds: usize,
+    /// Folder for results.jsonl and report.html, which are replaced [default: compare-MIXER]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Decay {
+    None,
+    /// A constant per head, as Lightning attention
+    Head,
+    Token,
+    Channel,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Layout {
+    Contiguous,
+    Zigzag,
+}
+
+/// Values that have names.
+fn one_of<T: Copy + Send + Sync + 'static>(
+    all: &'static [T],
+    name: fn(T) -> &'static str,
+) -> impl TypedValueParser<Value = T> {
+    let names = PossibleValuesParser::new(all.iter().map(|value| PossibleValue::new(name(*value))));
+    names.try_map(move |found| all.iter().copied().find(|value| name(*value) == found).ok_or("not a known name"))
+}
+
+fn tokens(text: &str) -> Result<i64, String> {
+    let (number, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (&text[..at], 10),
+        Some((at, 'm' | 'M')) => (&text[..at], 20),
+        _ => (text, 0),
+    };
+    let tokens = number.parse::<i64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    tokens
+        .filter(|tokens| *tokens > 0)
+        .ok_or_else(|| "expected a number of tokens above 0, as in 300, 16K or 1M".into())
+}
+
+fn rounds(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|rounds| *rounds > 0).ok_or_else(|| "expected a number of at least 1".into())
+}
+
+pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
+    let options = options(&args)?;
+    let counts: Vec<Option<usize>> = match (launcher.joins_processes()?, args.ranks.as_slice()) {
+        (true, []) => vec![None],
+        (true, [ranks]) => vec![Some(*ranks)],
+        (true, ranks) => bail!(
+            "--ranks: found {ranks:?} under an MPI launcher, expected its number of processes or nothing; start without \
+             mpirun for several numbers of ranks as threads"
+        ),
+        (false, []) => vec![Some(2)],
+        (false, ranks) => ranks.iter().copied().map(Some).collect(),
+    };
+    let folder = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("compare-{}", options.mixer.name())));
+    let results = Mutex::new(Results { folder, file: None, rows: vec![], threads: vec![], backend: "" });
+    for ranks in counts {
+        job::on_network(launcher, args.network.as_ref(), ranks, |world| compare(&args, &options, world, &results))?;
+    }
+    // Processes other than rank 0 have none.
+    match results.into_inner() {
+        Ok(results) if !results.rows.is_empty() => results.finish(&args, &options),
+        _ => Ok(()),
+    }
+}
+
+/// The configuration, with the options laid over it, and what is to be timed.
+fn options(args: &Args) -> Result<Options> {
+    if args.mixer == Mixer::Softmax && matches!(args.decay, Some(Decay::Head | Decay::Token | Decay::Channel)) {
+        bail!("--decay: softmax attention has none; leave --decay out, or compare linear attention: --mixer linear");
+    }
+    let load = |set: &[String]| match &args.config {
+        Some(path) => Config::load(path, set),
+        None => {
+            let pattern = args.mixer.letter();
+            let text = format!(
+                "[model]\nheads = 8\nkv_heads = 2\ndim = 512\nlayers = 2\npattern = \"{pattern}\"\n[data]\nkind = \"random\"\n"
+            );
+            Config::from_toml_str(&text, "the defaults of lasp compare", set)
+        }
+    };
+    let base = load(&args.set)?.model;
+    let heads = args.heads.unwrap_or(base.heads);
+    let mut set = args.set.clone();
+    let mut give = |key: &str, value: String| set.push(format!("{key}={value}"));
+    if args.heads.is_some() || args.dim.is_some() {
+        give("model.heads", heads.to_string());
+        give("model.dim", heads.saturating_mul(args.dim.unwrap_or(base.head_dim())).to_string());
+    }
+    match args.kv_heads {
+        Some(kv_heads) => give("model.kv_heads", kv_heads.to_string()),
+        None if heads % base.kv_heads != 0 => give("model.kv_heads", heads.to_string()),
+        None => {}
+    }
+    if let Some(chunk) = args.chunk {
+        give("model.chunk", chunk.to_string());
+    }
+    if let Some(dtype) = &args.dtype {
+        give("train.dtype", dtype.clone());
+    }
+    let constant = matches!(base.decay, DecayKind::Lightning | DecayKind::Retention);
+    match args.decay {
+        Some(Decay::Head) if constant => {}
+        Some(Decay::Head) => give("model.decay", "lightning".to_owned()),
+        Some(Decay::None) => give("model.decay", "none".to_owned()),
+        Some(Decay::Token) => give("model.decay", "token".to_owned()),
+        Some(Decay::Channel) => give("model.decay", "channel".to_owned()),
+        None => {}
+    }
+    let config = load(&set)?;
+    let layout = match args.layout {
+        Some(Layout::Contiguous) => LayoutKind::Contiguous,
+        Some(Layout::Zigzag) => LayoutKind::Zigzag,
+        None => config.parallel.layout,
+    };
+    let methods = match &args.methods {
+        Some(text) => Method::list(text, args.mixer, layout)?,
+        None => Method::all(args.mixer, layout, args.network.map(|network| network.node)),
+    };
+    Ok(Options { mixer: args.mixer, mode: args.mode, methods, rounds: args.rounds, config })
+}
+
+/// One number of ranks: collective over `world`; rank 0 prints and writes.
+fn compare(args: &Args, options: &Options, world: &Group, results: &Mutex<Results>) -> Result<()> {
+    let first = world.rank() == 0;
+    let lock = || results.lock().map_err(|_| anyhow::anyhow!("another rank failed"));
+    if first {
+        lock()?.begin(options, world)?;
+    }
+    let comparison = Comparison::new(world, options)?;
+    for &tokens in &args.seq_lens {
+        let rows = comparison.at(tokens)?;
+        if first {
+            lock()?.add(args, options, rows)?;
+        }
+    }
+    Ok(())
+}
+
+/// What rank 0 has so far.
+struct Results {
+    folder: PathBuf,
+    file: Option<File>,
+    rows: Vec<Row>,
+    /// libtorch threads of a rank, by number of ranks.
+    threads: Vec<(usize, i32)>,
+    backend: &'static str,
+}
+
+impl Results {
+    fn begin(&mut self, options: &Options, world: &Group) -> Result<()> {
+        if self.file.is_none() {
+            let create = || -> std::io::Result<File> {
+                fs::create_dir_all(&self.folder)?;
+                File::create(self.folder.join("results.jsonl"))
+            };
+            self.file = Some(create().with_context(|| format!("cannot write to {} (--out)", self.folder.display()))?);
+            output::print(&format!("{}\n", options.about()))?;
+        }
+        self.backend = world.backend();
+        self.threads.push((world.size(), tch::get_num_threads()));
+        Ok(())
+    }
+
+    fn add(&mut self, args: &Args, options: &Options, rows: Vec<Row>) -> Result<()> {
+        let conditions = self.conditions(args, options);
+        if let Some(file) = &mut self.file {
+            for row in &rows {
+                writeln!(file, "{}", row.json(&conditions)?)?;
+            }
+            file.flush()?;
+        }
+        let show = |table: Table| match table.cells.len() {
+            0 | 1 => String::new(),
+            _ => output::table(&table.aligns, &table.marked()),
+        };
+        let mut text = format!("\n{}, {}\n", table::heading(&rows), self.about_ranks(args, false));
+        text += &show(table::times(&rows));
+        text += "\n";
+        text += &show(table::memory_and_messages(&rows));
+        for reason in table::skipped(&rows) {
+            text += &format!("  {reason}\n");
+        }
+        output::print(&text)?;
+        self.rows.extend(rows);
+        Ok(())
+    }
+
+    fn finish(self, args: &Args, options: &Options) -> Result<()> {
+        let conditions = Conditions {
+            about: options.about(),
+            ranks: self.about_ranks(args, true),
+            machine: machine(),
+            versions: format!("lasp {}, libtorch {}", env!("CARGO_PKG_VERSION"), libtorch()),
+            rounds: options.rounds,
+            command: std::env::args().collect::<Vec<_>>().join(" "),
+        };
+        let path = self.folder.join("report.html");
+        fs::write(&path, report::html(&self.rows, &conditions))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        output::print(&format!("\n{}, {}\n", path.display(), self.folder.join("results.jsonl").display()))
+    }
+
+    /// Ranks as threads or processes, what each may use, and the network between them; of `all` numbers of ranks, or of the
+    /// last one.
+    fn about_ranks(&self, args: &Args, all: bool) -> String {
+        let kind = if self.backend == "mpi" { "processes under MPI" } else { "threads" };
+        let network = args.network.map_or_else(String::new, |network| format!(", emulated network {network}"));
+        let of = |n: i32| format!("{n} libtorch thread{}", if n == 1 { "" } else { "s" });
+        let last = self.threads.last().map_or(1, |(_, threads)| *threads);
+        let threads = match self.threads.iter().all(|(_, threads)| *threads == last) {
+            false if all => {
+                let each = self.threads.iter().map(|(ranks, n)| format!("{} with {ranks}", of(*n)));
+                format!("{} ranks", each.collect::<Vec<_>>().join(", "))
+            }
+            _ => format!("{} each", of(last)),
+        };
+        format!("ranks as {kind}, {threads}{network}")
+    }
+
+    fn conditions(&self, args: &Args, options: &Options) -> Value {
+        let (model, threads) = (&options.config.model, self.threads.last().map(|(_, threads)| *threads));
+        json!({
+            "backend": self.backend,
+            "threads_per_rank": threads,
+            "network": args.network.map(|network| network.to_string()),
+            "rounds": options.rounds,
+            "options": {
+                "heads": model.heads, "kv_heads": model.kv_heads, "dim": model.head_dim(), "chunk": model.chunk,
+                "decay": model.decay, "dtype": options.config.train.dtype, "layers": model.layers,
+                "pattern": model.pattern, "batch": options.config.train.batch,
+            },
+            "machine": { "cpu": cpu(), "cores": cores(), "memory_bytes": doctor::memory("MemTotal") },
+            "versions": { "lasp": env!("CARGO_PKG_VERSION"), "libtorch": libtorch() },
+        })
+    }
+}
+
+fn machine() -> String {
+    format!("{}, {} cores", cpu(), cores())
+}
+
+fn cpu() -> String {
+    let text = fs::read_to_string(Path::new("/proc/cpuinfo")).unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+fn libtorch() -> String {
+    doctor::libtorch_version().unwrap_or_else(|| "of unknown version".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_have_binary_units() {
+        assert_eq!(["1", "300", "4K", "2m"].map(tokens), [1, 300, 4096, 2 << 20].map(Ok));
+        assert!(["", "K", "0", "-4K", "1.5K", "1G", "99999999999999999999M"].iter().all(|text| tokens(text).is_err()));
+    }
+}

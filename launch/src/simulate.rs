@@ -1,0 +1,157 @@
+//! `lasp simulate`: predicted step time, throughput and memory on machines that are not here, as a table or JSON lines; and the
+//! cost model held against what was published. The model is `benches::simulate`.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use benches::simulate::fit::{self, Fit};
+use benches::simulate::sweep::{self, Refused, in_k};
+use benches::simulate::{Machine, Method, Prediction, report};
+use runtime::config::Config;
+use serde_json::json;
+
+use crate::output::{self, bytes, grouped, table};
+
+/// Predict step time, throughput and memory on a machine that is not here; needs no GPU and no ranks
+#[derive(clap::Args)]
+#[command(after_help = EXPLANATION)]
+pub struct Args {
+    /// a100-dgx, h100-dgx, h200-dgx, or a TOML file, which may begin with base = "h100-dgx"
+    #[arg(long, value_name = "NAME|FILE", default_value = "h100-dgx")]
+    machine: String,
+    /// The configuration, TOML; its model, element type and layout count
+    #[arg(long, value_name = "CONFIG", required_unless_present_any = ["fit", "published"])]
+    model: Option<PathBuf>,
+    /// Numbers of GPUs, doubled from the first to the last, or a list
+    #[arg(long, value_name = "N..M", default_value = "8..1024")]
+    gpus: String,
+    /// Tokens of the sequence, likewise; K and M are 1024 and 1024^2
+    #[arg(long, value_name = "N..M", default_value = "64K..4096K")]
+    seq_lens: String,
+    /// A linear layer's method, a softmax layer's, or both, and a layout, as in lasp2,all_scan:blocks=8+ring@zigzag
+    #[arg(long, value_name = "METHOD,..", value_delimiter = ',', default_value = "lasp2,lasp1,all_scan,hierarchical")]
+    methods: Vec<String>,
+    /// Change a setting of the configuration; may be repeated
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+    /// Print a line of JSON for each point: times in seconds, amounts in bytes
+    #[arg(long)]
+    json: bool,
+    /// Fit the constants of the published machines anew, and print them
+    #[arg(long, value_name = "WHAT", value_parser = ["published"], conflicts_with = "model")]
+    fit: Option<String>,
+    /// Write what was published beside what the model predicts, as Markdown
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    published: Option<PathBuf>,
+}
+
+const EXPLANATION: &str = "\
+A step is one sequence on all GPUs (batch 1, sp = gpus), forward, backward and update.
+  exposed   what the step would be shorter by if communication took no time
+  waited    time that GPUs stand still for others, communication and imbalance; mean
+  received  by the exchanges of layers, of a GPU; mean
+  state     weights, gradients, optimizer
+  kept      activations kept for backward
+  other     logits, what is gathered from other GPUs, what libraries hold
+docs/cost-model.md says how far off the model is.";
+
+pub fn run(args: Args) -> Result<()> {
+    if args.fit.is_some() || args.published.is_some() {
+        return published(&args);
+    }
+    let path = args.model.as_ref().context("--model is missing: the configuration to simulate")?;
+    let config = Config::load(path, &args.set)?;
+    let machine = Machine::load(&args.machine)?;
+    let methods = args.methods.iter().map(|name| Method::parse(name)).collect::<Result<Vec<_>, _>>()?;
+    let gpus = sweep::numbers("--gpus", &args.gpus)?;
+    let seq_lens = sweep::numbers("--seq-lens", &args.seq_lens)?;
+    let points = sweep::sweep(&machine, &config, &methods, &gpus, &seq_lens);
+    if let (true, Some(Err(refused))) = (points.iter().all(Result::is_err), points.first()) {
+        bail!("{}: {}", refused.method, refused.reason);
+    }
+    output::print(&if args.json { lines(&points)? } else { show(&points) })
+}
+
+fn published(args: &Args) -> Result<()> {
+    let fits = fit::fit_published()?;
+    if let Some(path) = &args.published {
+        let text = report::markdown(&fits)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {} (--published)", path.display()))?;
+    }
+    match (&args.fit, args.json) {
+        (None, _) => Ok(()),
+        (_, true) => output::print(&(serde_json::to_string(&fits)? + "\n")),
+        (_, false) => output::print(&fits.iter().map(constants).collect::<String>()),
+    }
+}
+
+fn constants(fit: &Fit) -> String {
+    let row = |(constant, value): &(fit::Constant, f64)| vec![constant.key().to_owned(), format!("{value:.4}")];
+    let rows: Vec<_> = fit.constants.iter().map(row).collect();
+    let error = 100.0 * fit.rms;
+    format!("{}: {} figures, error {error:.1} % (root mean square)\n{}", fit.machine, fit.figures, table("lr", &rows))
+}
+
+fn lines(points: &[Result<Prediction, Refused>]) -> Result<String> {
+    let mut text = String::new();
+    for point in points {
+        let value = match point {
+            Ok(prediction) => serde_json::to_value(prediction)?,
+            Err(Refused { method, gpus, seq_len, reason }) => {
+                json!({"method": method, "gpus": gpus, "seq_len": seq_len, "refused": reason})
+            }
+        };
+        text += &format!("{value}\n");
+    }
+    Ok(text)
+}
+
+fn show(points: &[Result<Prediction, Refused>]) -> String {
+    let head = [
+        "tokens", "GPUs", "method", "step", "tokens/s", "a GPU", "exposed", "waited", "received", "state", "kept",
+        "other", "memory", "",
+    ];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    let mut reasons: Vec<&str> = Vec::new();
+    for point in points {
+        rows.push(match point {
+            Ok(prediction) => row(prediction),
+            Err(refused) => {
+                if !reasons.contains(&refused.reason.as_str()) {
+                    reasons.push(&refused.reason);
+                }
+                vec![in_k(refused.seq_len), refused.gpus.to_string(), refused.method.clone(), "-".to_owned()]
+            }
+        });
+    }
+    let notes: String = reasons.iter().map(|reason| format!("- {reason}\n")).collect();
+    table("rrlrrrrrrrrrrl", &rows) + &notes
+}
+
+fn row(p: &Prediction) -> Vec<String> {
+    let m = &p.memory;
+    let amount = |amount: f64| bytes(amount as u64);
+    vec![
+        in_k(p.seq_len),
+        p.gpus.to_string(),
+        p.method.clone(),
+        seconds(p.step_s),
+        grouped(p.tokens_per_s as u64),
+        grouped(p.tokens_per_s_per_gpu as u64),
+        seconds(p.exposed_s),
+        seconds(p.waited_s),
+        amount(p.received),
+        amount(m.weights + m.gradients + m.optimizer),
+        amount(m.activations),
+        amount(m.logits + m.gathered + m.reserved),
+        amount(m.total),
+        if p.out_of_memory { "OOM" } else { "" }.to_owned(),
+    ]
+}
+
+fn seconds(seconds: f64) -> String {
+    match seconds {
+        long if long >= 1.0 => format!("{long:.2} s"),
+        _ => format!("{:.1} ms", 1e3 * seconds),
+    }
+}
