@@ -29,7 +29,7 @@ fn compare(options: &Options, ranks: usize, tokens: i64, network: Option<&str>) 
     let network: Option<Network> = network.map(|text| text.parse().unwrap());
     let rows = local::run_on(network.as_ref(), ranks, |world| -> Result<Vec<Row>> {
         tch::set_num_threads(1);
-        Comparison::new(&world, options)?.at(tokens)
+        Comparison::new(&world, options)?.at(tokens, &|_| {})
     });
     rows.unwrap().swap_remove(0).into_iter().map(|row| row.measured.unwrap()).collect()
 }

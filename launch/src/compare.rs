@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use benches::compare::report::{self, Conditions};
@@ -15,6 +16,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use collectives::Group;
 use collectives::local::Network;
 use runtime::config::{Config, DecayKind, LayoutKind};
+use runtime::metrics::format_duration;
 use serde_json::{Value, json};
 
 use crate::identity::{Launcher, cores};
@@ -76,6 +78,9 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
+
+/// A length that takes longer is announced.
+const WORTH_SAYING: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Decay {
@@ -201,12 +206,18 @@ fn options(args: &Args) -> Result<Options> {
 fn compare(args: &Args, options: &Options, world: &Group, results: &Mutex<Results>) -> Result<()> {
     let first = world.rank() == 0;
     let lock = || results.lock().map_err(|_| anyhow::anyhow!("another rank failed"));
+    let comparison = Comparison::new(world, options)?;
     if first {
         lock()?.begin(options, world)?;
     }
-    let comparison = Comparison::new(world, options)?;
     for &tokens in &args.seq_lens {
-        let rows = comparison.at(tokens)?;
+        let announce = |time: Duration| {
+            if first && time > WORTH_SAYING {
+                let time = format_duration(time.as_secs_f64());
+                tracing::info!("{} ranks, {tokens} tokens: {} rounds take about {time}", world.size(), options.rounds);
+            }
+        };
+        let rows = comparison.at(tokens, &announce)?;
         if first {
             lock()?.add(args, options, rows)?;
         }

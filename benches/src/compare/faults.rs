@@ -59,7 +59,7 @@ fn errors(fault: Faulty) -> Vec<String> {
         entrant.attention = Arc::new(fault);
         let entrants = [entrant];
         let found = parity::check(&options, &mesh.sp, &entrants)
-            .and_then(|()| measure::rows(&options, &mesh, &entrants, 60).map(drop));
+            .and_then(|()| measure::rows(&options, &mesh, &entrants, 60, &|_| {}).map(drop));
         Ok(found.err().map_or_else(String::new, |error| error.to_string()))
     };
     local::run(3, compare).unwrap()

@@ -10,7 +10,8 @@ pub(super) struct Counts {
     pub ns: u64,
     /// For how long the rank was blocked.
     pub exposed_ns: u64,
-    /// From taking an operation up to its result, summed over operations; and the part of it in which the rank was not blocked.
+    /// While any operation was under way, from when it was taken up to its result; and the part of that time in which the rank
+    /// was not blocked.
     pub communication_ns: u64,
     pub hidden_ns: u64,
     pub sent: u64,
@@ -36,6 +37,13 @@ pub struct Span {
     pub end_ns: u64,
     /// At its end, for how long the rank was blocked.
     pub exposed_ns: u64,
+}
+
+impl Span {
+    /// Since when the rank was blocked for it.
+    pub(super) fn waits_from(&self) -> u64 {
+        self.end_ns - self.exposed_ns.min(self.end_ns - self.start_ns)
+    }
 }
 
 /// One step of a method on all ranks, phase by phase: `[rank][phase]`.
@@ -64,9 +72,6 @@ pub(super) fn read(recorder: &Recorder, start: u64, end: u64) -> (Counts, Phase)
     let since = |ns: u64| ns.saturating_sub(start);
     let mut phase = Phase { ns: counts.ns, ..Phase::default() };
     for span in recorder.comm_spans().into_iter().filter(|span| span.op != "barrier") {
-        let taken = span.ended_ns.saturating_sub(span.started_ns);
-        counts.communication_ns += taken;
-        counts.hidden_ns += taken.saturating_sub(span.exposed_ns);
         phase.communicating.push(Span {
             name: span.op.to_owned(),
             start_ns: since(span.started_ns),
@@ -74,6 +79,10 @@ pub(super) fn read(recorder: &Recorder, start: u64, end: u64) -> (Counts, Phase)
             exposed_ns: span.exposed_ns,
         });
     }
+    let under_way = || phase.communicating.iter().map(|span| (span.start_ns, span.end_ns));
+    let waits = phase.communicating.iter().map(|span| (span.waits_from(), span.end_ns));
+    counts.communication_ns = covered(under_way());
+    counts.hidden_ns = counts.communication_ns - covered(waits);
     phase.computing = recorder
         .compute_spans()
         .into_iter()
@@ -85,4 +94,27 @@ pub(super) fn read(recorder: &Recorder, start: u64, end: u64) -> (Counts, Phase)
         })
         .collect();
     (counts, phase)
+}
+
+/// Nanoseconds that at least one of the intervals covers.
+fn covered(intervals: impl Iterator<Item = (u64, u64)>) -> u64 {
+    let mut intervals: Vec<(u64, u64)> = intervals.collect();
+    intervals.sort_unstable();
+    let (mut sum, mut reached) = (0, 0);
+    for (start, end) in intervals {
+        sum += end.saturating_sub(start.max(reached));
+        reached = reached.max(end);
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_overlaps_is_counted_once() {
+        assert_eq!(covered([(5, 9), (0, 2), (1, 4), (6, 7), (9, 9)].into_iter()), 8);
+        assert_eq!(covered(std::iter::empty()), 0);
+    }
 }

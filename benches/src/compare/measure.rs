@@ -1,6 +1,8 @@
 //! All methods at one length: warm-up, then rounds in which every method has its turn, in another order each round, so that a
 //! noisy machine favours none; then one more step of each for its memory.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use collectives::{Group, Mesh};
 
@@ -27,7 +29,13 @@ struct Contender<'a> {
 }
 
 /// Collective.
-pub(super) fn rows(options: &Options, mesh: &Mesh, entrants: &[Entrant], tokens: i64) -> Result<Vec<Row>> {
+pub(super) fn rows(
+    options: &Options,
+    mesh: &Mesh,
+    entrants: &[Entrant],
+    tokens: i64,
+    announce: &dyn Fn(Duration),
+) -> Result<Vec<Row>> {
     let world = &mesh.world;
     let mut contenders = Vec::new();
     for entrant in entrants.iter().filter(|entrant| entrant.refused.is_none()) {
@@ -37,7 +45,14 @@ pub(super) fn rows(options: &Options, mesh: &Mesh, entrants: &[Entrant], tokens:
         contenders.push(Contender { entrant, work, expected, rounds: vec![], memory: None });
     }
     let count = contenders.len();
+    let mut started = Instant::now();
     for round in 0..WARM_UP + options.rounds {
+        if round + 1 == WARM_UP {
+            started = Instant::now();
+        } else if round == WARM_UP {
+            // Memory takes one more.
+            announce(started.elapsed() * (options.rounds as u32 + 1));
+        }
         for turn in 0..count {
             let contender = &mut contenders[(round + turn) % count];
             let name = || format!("{}, {} ranks, {tokens} tokens", contender.entrant.method.label(), world.size());

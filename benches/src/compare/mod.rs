@@ -20,6 +20,8 @@ mod timeline;
 mod traffic;
 mod work;
 
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 use collectives::{Group, Mesh};
 use runtime::config::{Config, DecayKind, LayerKind};
@@ -151,8 +153,9 @@ impl<'a> Comparison<'a> {
         Ok(Self { options, mesh, entrants })
     }
 
-    /// Rows of all methods at sequences of `tokens` tokens, the same on every rank. Collective.
-    pub fn at(&self, tokens: i64) -> Result<Vec<Row>> {
-        measure::rows(self.options, &self.mesh, &self.entrants, tokens)
+    /// Rows of all methods at sequences of `tokens` tokens, the same on every rank. Collective. After the warm-up `announce`
+    /// is told how long the rounds will take, as far as this rank can tell.
+    pub fn at(&self, tokens: i64, announce: &dyn Fn(Duration)) -> Result<Vec<Row>> {
+        measure::rows(self.options, &self.mesh, &self.entrants, tokens, announce)
     }
 }

@@ -82,7 +82,7 @@ fn figures(rows: &[&Row], conditions: &Conditions) -> Vec<(&'static str, String,
     if let Some((row, m)) = least(&|m| m.step.median_ms) {
         figures.push(("Quickest", row.method.clone(), where_));
         figures.push(("Its tokens per second", format_si(m.tokens_per_s), "median step".to_owned()));
-        figures.push(("Its exposed time", format!("{:.1}%", 100.0 * m.exposed), "communication, of a step".to_owned()));
+        figures.push(("Its exposed time", format!("{:.1}%", 100.0 * m.exposed), "of a step".to_owned()));
     }
     let received = |m: &Measured| m.received.iter().max().copied().unwrap_or(0);
     if let Some((row, m)) = least(&|m| received(m) as f64) {

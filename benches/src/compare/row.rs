@@ -50,7 +50,7 @@ pub struct Measured {
     pub formula: Bound,
     /// Share of the step in which a rank waits for communication, mean over ranks, median over rounds.
     pub exposed: f64,
-    /// Share of the communication during which its rank was not blocked; none where nothing is sent.
+    /// Share of the time with communication under way in which the rank was not blocked; none where nothing is sent.
     pub hidden: Option<f64>,
     /// The step of median duration.
     #[serde(skip)]

@@ -62,7 +62,7 @@ const MEMORY_AND_MESSAGES: &[Column] = &[
 pub const LEGEND: &str = "\
 times     median (10th to 90th percentile) over rounds; of a round the slowest rank, from a barrier
 exposed   share of a step in which a rank waits for communication, mean over ranks
-hidden    share of communication, from its start to its result, during which the rank did not wait
+hidden    share of the time that messages are under way, from start to result, in which the rank does not wait
 memory    resident at most in a step (VmHWM), and what of it the step added; of ranks as threads an equal share
 sent, received, messages   of the rank with most, in a step, counted by the flight recorder
 by layers what of `received` the layers' method moved, where a training step moves gradients too

@@ -33,8 +33,8 @@ pub(super) fn render(rows: &[&Row], title: &str, note: &str) -> String {
     let mut html = format!("<figure class=\"panel timeline\"><figcaption><h2>{}</h2>", escape(title));
     html += "<ul class=\"legend\">";
     for (class, name) in [
-        ("busy", "computing"),
-        ("intra", "of it attention kernels"),
+        ("busy", "other computing"),
+        ("intra", "attention kernels"),
         ("wait", "waiting for communication"),
         ("hidden", "communication while it computes"),
         ("exposed", "while it waits"),
@@ -130,7 +130,7 @@ fn lane(phase: &Phase, y: f64, x: impl Fn(u64) -> f64) -> String {
             ms((end - start) as f64 / 1e6)
         );
     };
-    let waits = |span: &Span| (span.end_ns - span.exposed_ns.min(span.end_ns - span.start_ns), span.end_ns);
+    let waits = |span: &Span| (span.waits_from(), span.end_ns);
     block("busy", (0, phase.ns), y, COMPUTING, "computing");
     for span in &phase.computing {
         block("intra", (span.start_ns, span.end_ns), y, COMPUTING, &span.name.replace('_', " "));
@@ -141,9 +141,10 @@ fn lane(phase: &Phase, y: f64, x: impl Fn(u64) -> f64) -> String {
     let below = y + COMPUTING + 1.5;
     for span in &phase.communicating {
         block("hidden", (span.start_ns, span.end_ns), below, COMMUNICATING, &span.name);
-        if span.exposed_ns > 0 {
-            block("exposed", waits(span), below, COMMUNICATING, &format!("{}, exposed", span.name));
-        }
+    }
+    // On top: several operations may travel while the rank waits for one.
+    for span in phase.communicating.iter().filter(|span| span.exposed_ns > 0) {
+        block("exposed", waits(span), below, COMMUNICATING, &format!("{}, exposed", span.name));
     }
     svg
 }

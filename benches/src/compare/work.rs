@@ -1,7 +1,5 @@
 //! What a round runs: the phases of one step of a method, timed one by one.
 
-use std::sync::Arc;
-
 use anyhow::{Context as _, Result};
 use collectives::Mesh;
 use runtime::config::{DataKind, LayoutKind};
@@ -67,7 +65,7 @@ impl Work for Operator {
 /// The first block of a model: norm, mixer, residual; norm, MLP, residual.
 struct Layer {
     model: Model,
-    context: Arc<Context>,
+    context: Context,
     x: Tensor,
     d_y: Tensor,
     y: Option<Tensor>,
@@ -87,7 +85,7 @@ impl Layer {
         let shard = entrant.shard(&mesh.sp, plan);
         let context = Context::new(shard, config.head_dim(), config.rope_base, kind, Device::Cpu)?;
         let grads = model.params.flat.f_zeros_like()?;
-        Ok(Self { model, context: Arc::new(context), x, d_y, y: None, grads })
+        Ok(Self { model, context, x, d_y, y: None, grads })
     }
 }
 

@@ -335,8 +335,8 @@ pub fn ticks(range: (f64, f64), count: f64) -> Vec<f64> {
         .collect()
 }
 
-/// The round numbers whose logarithms are in `range`, no more than about `count`: 1, 2 and 5 times powers of ten, or powers
-/// of ten alone.
+/// The round numbers whose logarithms are in `range`, no more than about `count`: 1, 2 and 5 times powers of ten, powers of
+/// ten alone, or, where these are too few, evenly spaced ones.
 fn log_ticks(range: (f64, f64), count: f64) -> Vec<f64> {
     let inside = |value: &f64| (range.0 - 1e-9..=range.1 + 1e-9).contains(&value.ln());
     let powers = (range.0 / std::f64::consts::LN_10).floor() as i32..=(range.1 / std::f64::consts::LN_10).ceil() as i32;
@@ -345,6 +345,10 @@ fn log_ticks(range: (f64, f64), count: f64) -> Vec<f64> {
         powers.flat_map(|power| digits.iter().map(move |digit| digit * power)).filter(inside).collect()
     };
     let fine = of(&[1.0, 2.0, 5.0], 1);
+    if fine.len() < 3 {
+        // Values so close together that evenly spaced ticks are better.
+        return ticks((range.0.exp(), range.1.exp()), count);
+    }
     if fine.len() as f64 <= 1.5 * count.max(3.0) {
         return fine;
     }
@@ -431,6 +435,7 @@ mod tests {
     fn logarithmic_ticks_are_round_and_few() {
         let of = |low: f64, high: f64| log_ticks((low.ln(), high.ln()), 5.0);
         assert_eq!(of(0.9, 60.0), [1.0, 2.0, 5.0, 10.0, 20.0, 50.0]);
+        assert_eq!(of(3000.0, 6500.0), [3000.0, 4000.0, 5000.0, 6000.0]);
         assert_eq!(of(5.0, 2e6), [10.0, 100.0, 1e3, 1e4, 1e5, 1e6]);
         assert!(of(1.0, 1e20).len() <= 10);
     }
