@@ -202,3 +202,35 @@ fn runs_are_numbered_resumed_and_sampled() {
     assert_eq!(generate("0"), generate("0"));
     lasp(&["generate", "nowhere", "--prompt", "x"]).fails_with(&["nowhere"]);
 }
+
+/// Loss of every step, as the run folder has it.
+fn losses(run_dir: &Path) -> Vec<f64> {
+    let text = std::fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap();
+    let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap();
+    text.lines().map(loss).collect()
+}
+
+/// Training is a function of (config, seed): threads or processes, one layout or the other, only round differently.
+#[test]
+fn losses_are_those_of_one_rank() {
+    let (folder, _) = tiny();
+    let train = |name: &str, ranks: Ranks, more: &[&str]| {
+        let run_dir = folder.path().join(name);
+        let mut args =
+            vec!["--run-dir", run_dir.to_str().unwrap(), "--set", "train.dtype=f64", "--set", "train.steps=20"];
+        args.extend(more);
+        self::train(folder.path(), ranks, &args).succeeds();
+        losses(&run_dir)
+    };
+    let alone = train("alone", Ranks::Threads(1), &[]);
+    assert_eq!(alone.len(), 20);
+    let mut others = vec![train("threads", Ranks::Threads(3), &["--ranks", "3"])];
+    if mpi() {
+        others.push(train("processes", Ranks::Mpi(2), &[]));
+        others.push(train("zigzag", Ranks::Mpi(4), &["--set", "parallel.layout=zigzag"]));
+    }
+    for losses in &others {
+        let worst = losses.iter().zip(&alone).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max);
+        assert!(losses.len() == 20 && worst <= 1e-9, "losses differ by {worst:.1e}");
+    }
+}
