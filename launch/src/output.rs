@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Write};
 
 use anyhow::Result;
+pub use benches::compare::table::grouped;
 
 /// Writes `text` to stdout. A reader that has gone away, as in `lasp plan .. | head`, is no error.
 pub fn print(text: &str) -> Result<()> {
@@ -37,19 +38,6 @@ fn scaled(number: f64, base: f64, units: &[&str]) -> String {
     }
     let digits = if unit == 0 || value >= 99.95 { 0 } else { 2 - usize::from(value >= 9.995) };
     format!("{value:.digits$} {}", units[unit])
-}
-
-/// `1234567` as `1,234,567`.
-pub fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 /// Rows of cells as lines with aligned columns, indented by two. `aligns`: `l` or `r` for each column.

@@ -166,8 +166,9 @@ pub(super) fn bytes(count: u64) -> String {
     format!("{value:.decimals$} {unit}")
 }
 
-pub(super) fn grouped(n: i64) -> String {
-    let digits = n.to_string();
+/// `1234567` as `1,234,567`.
+pub fn grouped(whole: impl ToString) -> String {
+    let digits = whole.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
         if i > 0 && (digits.len() - i).is_multiple_of(3) {

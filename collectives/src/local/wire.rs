@@ -11,7 +11,7 @@ use crate::{
     op::{Call, Op, agree},
     pending::lock,
     program::Step,
-    progress::{Face, Place, Transfer, Wire, fresh, nothing},
+    progress::{Face, Place, Sent, Transfer, Wire, fresh, nothing},
 };
 use std::{
     collections::HashMap,
@@ -192,15 +192,6 @@ impl Transfer for Meeting {
 
     fn due(&self) -> Option<Instant> {
         self.due.awaited()
-    }
-}
-
-/// A message is copied when it is sent, so that its sender need not wait.
-struct Sent;
-
-impl Transfer for Sent {
-    fn poll(&mut self) -> Result<Option<Tensor>> {
-        Ok(Some(nothing()?))
     }
 }
 

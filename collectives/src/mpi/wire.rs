@@ -7,7 +7,7 @@ use crate::{
     Error, Result,
     op::{Call, agree},
     program::Step,
-    progress::{Face, Place, Transfer, Wire, fresh, nothing},
+    progress::{Face, Place, Sent, Transfer, Wire, fresh},
 };
 use std::{
     collections::HashMap,
@@ -187,15 +187,6 @@ fn read(words: &Tensor) -> Result<Vec<i64>> {
 fn decode(words: &[i64]) -> Result<Call> {
     let message = || format!("found {words:?}; all ranks must run the same build");
     Call::decode(words).ok_or_else(|| Error::Mpi { call: "reading a header", code: 0, message: message() })
-}
-
-/// A message is copied when it is sent, so that its sender need not wait.
-struct Sent;
-
-impl Transfer for Sent {
-    fn poll(&mut self) -> Result<Option<Tensor>> {
-        Ok(Some(nothing()?))
-    }
 }
 
 /// A message is received as its header describes it, and only then compared with what was expected, so that nothing is
