@@ -4,6 +4,7 @@
 
 use crate::{
     Error, Pending, Recorder, Reduce, Result,
+    flight::{Awaited, Flight, awaited_in_flight},
     op::{Call, KINDS, MAX_DIMS, Op},
     pending::promise,
     progress::{Face, Job, Outcome, Queue, stopped},
@@ -33,6 +34,7 @@ pub(crate) struct Line {
     pub queue: Arc<Queue>,
     pub recorder: Recorder,
     pub backend: &'static str,
+    pub flight: Flight,
 }
 
 impl Group {
@@ -63,6 +65,10 @@ impl Group {
     /// This rank's flight recorder, shared by all its groups.
     pub fn recorder(&self) -> &Recorder {
         &self.line.recorder
+    }
+
+    pub(crate) fn flight(&self) -> &Flight {
+        &self.line.flight
     }
 
     /// The group of the ranks that pass the same `color`, ordered by `key` and then by rank (MPI 4.0, 7.4.2,
@@ -229,7 +235,9 @@ impl Group {
         Ok(Pending::coming(receipt.arrived(), move || {
             let from = recorder.now();
             let result = receipt.take();
-            recorder.exposed(seq, group, op, recorder.now() - from);
+            if !awaited_in_flight(&|| Awaited { seq, group: group.clone(), op }) {
+                recorder.exposed(seq, group, op, (from, recorder.now()));
+            }
             result
         }))
     }

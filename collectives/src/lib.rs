@@ -15,6 +15,7 @@
 
 pub mod bench;
 mod error;
+mod flight;
 mod group;
 pub mod local;
 mod mesh;

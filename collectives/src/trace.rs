@@ -76,6 +76,7 @@ struct Record {
     next: u64,
     comm: VecDeque<Entry>,
     compute: VecDeque<ComputeSpan>,
+    waits: VecDeque<(u64, u64)>,
     totals: BTreeMap<(Arc<str>, &'static str), Totals>,
 }
 
@@ -134,6 +135,11 @@ impl Recorder {
         lock(&self.0).compute.iter().cloned().collect()
     }
 
+    /// From when to when the rank's thread was blocked in `wait`: the last such stretches, in order.
+    pub fn waits(&self) -> Vec<(u64, u64)> {
+        lock(&self.0).waits.iter().copied().collect()
+    }
+
     pub fn totals(&self) -> Totals {
         lock(&self.0).totals.values().fold(Totals::default(), |sum, each| Totals {
             messages: sum.messages + each.messages,
@@ -153,6 +159,7 @@ impl Recorder {
         let mut record = lock(&self.0);
         record.comm.clear();
         record.compute.clear();
+        record.waits.clear();
         record.totals.clear();
     }
 
@@ -222,8 +229,11 @@ impl Recorder {
         }
     }
 
-    pub(crate) fn exposed(&self, seq: u64, group: Arc<str>, op: &'static str, ns: u64) {
+    /// The rank was blocked from `from` to `to`.
+    pub(crate) fn exposed(&self, seq: u64, group: Arc<str>, op: &'static str, (from, to): (u64, u64)) {
+        let ns = to - from;
         let mut record = lock(&self.0);
+        push(&mut record.waits, (from, to));
         if let Some(entry) = record.entry(seq) {
             entry.span.exposed_ns += ns;
         }
@@ -258,10 +268,11 @@ mod tests {
             let seq = recorder.issued(group.clone(), "send", (8, 0));
             recorder.started(seq);
             recorder.ended(seq, group.clone(), "send", (8, 0), true);
-            recorder.exposed(seq, group.clone(), "send", 5);
+            recorder.exposed(seq, group.clone(), "send", (20, 25));
         }
         let spans = recorder.comm_spans();
         assert_eq!((spans.len(), spans[0].seq, spans[KEPT - 1].exposed_ns), (KEPT, 10, 5));
+        assert_eq!((recorder.waits().len(), recorder.waits()[0]), (KEPT, (20, 25)));
         assert_eq!(recorder.totals().messages, KEPT as u64 + 10);
         assert_eq!(recorder.totals_by_op()[&(group, "send")].bytes_sent, 8 * (KEPT as u64 + 10));
     }

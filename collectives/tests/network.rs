@@ -40,12 +40,12 @@ fn timed_operations(world: &Group) -> Result<Vec<(&'static str, u64, Timed)>> {
     let group = || world.clone();
     let timed = |group: Group, op: fn(&Group) -> Result<()>| -> Timed { Box::new(move || op(&group)) };
     Ok(vec![
-        ("all_gather", 60, timed(group(), |g| Ok(g.all_gather(&zeros(&[N]))?.wait().map(drop)?))),
+        ("all_gather", 50, timed(group(), |g| Ok(g.all_gather(&zeros(&[N]))?.wait().map(drop)?))),
         ("all_gather on a node", 10, timed(pair, |g| Ok(g.all_gather(&zeros(&[N]))?.wait().map(drop)?))),
         ("all_gather between nodes", 20, timed(across, |g| Ok(g.all_gather(&zeros(&[N]))?.wait().map(drop)?))),
-        ("reduce_scatter", 60, timed(group(), |g| Ok(g.reduce_scatter(&zeros(&[4, N]))?.wait().map(drop)?))),
-        ("all_reduce", 120, timed(group(), |g| Ok(g.all_reduce(&zeros(&[4 * N]), Reduce::Sum)?.wait().map(drop)?))),
-        ("a short all_reduce", 60, timed(group(), |g| Ok(g.all_reduce(&zeros(&[4]), Reduce::Max)?.wait().map(drop)?))),
+        ("reduce_scatter", 50, timed(group(), |g| Ok(g.reduce_scatter(&zeros(&[4, N]))?.wait().map(drop)?))),
+        ("all_reduce", 100, timed(group(), |g| Ok(g.all_reduce(&zeros(&[4 * N]), Reduce::Sum)?.wait().map(drop)?))),
+        ("a short all_reduce", 40, timed(group(), |g| Ok(g.all_reduce(&zeros(&[4]), Reduce::Max)?.wait().map(drop)?))),
         ("all_to_all", 60, timed(group(), |g| Ok(g.all_to_all(&zeros(&[4, N]))?.wait().map(drop)?))),
         ("broadcast", 35, timed(group(), |g| Ok(g.broadcast(&zeros(&[N]), 1)?.wait().map(drop)?))),
         ("barrier", 20, timed(group(), |g| Ok(g.barrier()?.wait()?))),

@@ -1,17 +1,19 @@
 //! When a step's data arrives in an emulated network.
 //!
-//! `n` is bytes, L and B a link's latency and bandwidth, `t(n)` = L + n/B of the slowest link between neighbours on the
-//! ring of the group's ranks (the last and the first are neighbours too), W the size of the group:
+//! `n` is bytes, L and B a link's latency and bandwidth, W the size of the group; "longest": of the links in a round.
 //!
 //! | operation | algorithm | takes |
 //! |---|---|---|
-//! | all_gather | ring | (W-1) t(n), n of one rank's input; `_v`: of the longest |
-//! | reduce_scatter | ring | (W-1) t(n), n of one rank's result; `_v`: of the longest |
-//! | all_reduce | reduce_scatter, then all_gather | 2 (W-1) t(n/W), n of the input |
+//! | all_gather | Bruck's: in round i rank r passes on the m = min(2^i, W - 2^i) inputs that r + 2^i lacks | sum of the longest L + m n/B of ceil(log2 W) rounds, n of one input; `_v`: of the longest |
+//! | reduce_scatter | its mirror | the same, n of one rank's result; `_v`: of the longest |
+//! | all_reduce | reduce_scatter, then all_gather | twice the same, n a W-th of the input |
 //! | all_to_all | W-1 rounds, in round i rank r sends to r+i | sum over rounds of the longest L + n/B, n of one slice |
 //! | broadcast | chain from the root in ring order, finely pipelined | sum of the chain's L, + n over its smallest B |
 //! | barrier, split | dissemination: in round i rank r tells r + 2^i | sum of the longest L of ceil(log2 W) rounds |
 //! | send to recv | cut-through | L + n/B once both ends are free; see [`Delays::message`] |
+//!
+//! Bruck's algorithm (Bruck et al., 1997) has a ring's bytes in fewer rounds; libraries take it, or one like it, for messages
+//! as short as states. Where every rank has a link of its own, as here, long ones lose nothing by it.
 //!
 //! A collective starts when the last rank has issued it and is through with the one before. Collectives and messages do
 //! not slow each other. What this machine does itself, copies above all, happens meanwhile: it shows only where it takes
@@ -80,17 +82,17 @@ impl Delays {
     /// When a step ends whose posts, those of `members` in group order, have all been made.
     pub(super) fn collective(&self, members: &[usize], posts: &[&Post]) -> Option<Instant> {
         let start = posts.iter().map(|post| post.since).max()?;
-        Some(start + seconds(Ring { network: &self.network, members }.takes(posts)))
+        Some(start + seconds(Ranks { network: &self.network, members }.takes(posts)))
     }
 }
 
 /// The ranks of a group, in its order. Times are seconds.
-struct Ring<'a> {
+struct Ranks<'a> {
     network: &'a Network,
     members: &'a [usize],
 }
 
-impl Ring<'_> {
+impl Ranks<'_> {
     fn takes(&self, posts: &[&Post]) -> f64 {
         let w = posts.len();
         // Bytes, of one post's run for a rank or of the longest post or run.
@@ -101,12 +103,12 @@ impl Ring<'_> {
         match posts[0].call.as_ref().map(|call| call.op) {
             Some(Op::AllToAll | Op::AllToAllV) => self.rounds(|from, to| run(posts[from], to)),
             // A short one, in one step.
-            Some(Op::AllReduce(_)) if posts[0].runs.is_empty() => 2.0 * self.ring(longest() / w as f64),
-            Some(Op::ReduceScatter | Op::ReduceScatterV | Op::AllReduce(_)) => self.ring(longest_run()),
+            Some(Op::AllReduce(_)) if posts[0].runs.is_empty() => 2.0 * self.doubling(longest() / w as f64),
+            Some(Op::ReduceScatter | Op::ReduceScatterV | Op::AllReduce(_)) => self.doubling(longest_run()),
             Some(Op::Broadcast { root }) => self.chain(root, longest()),
             Some(Op::Barrier | Op::Split) => self.meeting(),
             // No call: the second half of an all_reduce.
-            Some(Op::AllGather | Op::AllGatherV | Op::Send { .. } | Op::Recv { .. }) | None => self.ring(longest()),
+            Some(Op::AllGather | Op::AllGatherV | Op::Send { .. } | Op::Recv { .. }) | None => self.doubling(longest()),
         }
     }
 
@@ -125,9 +127,20 @@ impl Ring<'_> {
         (0..w).map(|from| needs(from, (from + distance) % w)).fold(0.0, f64::max)
     }
 
-    fn ring(&self, n: f64) -> f64 {
-        let step = self.slowest(1, |from, to| self.latency(from, to) + self.passing(from, to, n));
-        (self.members.len() - 1) as f64 * step
+    /// Every rank has `n` bytes that all others need.
+    fn doubling(&self, n: f64) -> f64 {
+        let w = self.members.len();
+        let round = |i: usize| {
+            let passed_on = i.min(w - i) as f64 * n;
+            self.slowest(i, |from, to| self.latency(from, to) + self.passing(from, to, passed_on))
+        };
+        self.powers().map(round).sum()
+    }
+
+    /// 1, 2, 4, ... below W.
+    fn powers(&self) -> impl Iterator<Item = usize> {
+        let w = self.members.len();
+        (0..usize::BITS).map(|i| 1usize << i).take_while(move |&distance| distance < w)
     }
 
     fn rounds(&self, n: impl Fn(usize, usize) -> f64) -> f64 {
@@ -143,9 +156,7 @@ impl Ring<'_> {
     }
 
     fn meeting(&self) -> f64 {
-        let w = self.members.len();
-        let rounds = (0..usize::BITS).map(|i| 1usize << i).take_while(|&distance| distance < w);
-        rounds.map(|distance| self.slowest(distance, |from, to| self.latency(from, to))).sum()
+        self.powers().map(|distance| self.slowest(distance, |from, to| self.latency(from, to))).sum()
     }
 }
 
@@ -197,7 +208,7 @@ mod tests {
     fn takes(members: &[usize], op: Option<Op>, elements: i64, runs: &[i64], expected: f64) {
         let network = NETWORK.parse().unwrap();
         let posts = posts(members.len(), op, elements, runs);
-        let found = Ring { network: &network, members }.takes(&posts.iter().collect::<Vec<_>>());
+        let found = Ranks { network: &network, members }.takes(&posts.iter().collect::<Vec<_>>());
         assert!((found - expected).abs() < 1e-9, "found {found}, expected {expected}");
     }
 
@@ -205,14 +216,15 @@ mod tests {
     fn operations_take_what_the_table_says() {
         let all = [0, 1, 2, 3];
         // 20 elements are 80 bytes: 0.8 s on a link within a node, 8 s on one between nodes.
-        takes(&all, Some(Op::AllGather), 20, &[], 3.0 * 8.01);
+        takes(&all, Some(Op::AllGather), 20, &[], 8.01 + 16.01);
+        takes(&[0, 1, 2, 3, 4], Some(Op::AllGather), 20, &[], 8.01 + 16.01 + 8.01);
         takes(&[0, 1], Some(Op::AllGather), 20, &[], 0.801);
         takes(&[2], Some(Op::AllGather), 20, &[], 0.0);
         takes(&[1, 3], None, 20, &[], 8.01);
-        takes(&all, Some(Op::ReduceScatter), 80, &[20; 4], 3.0 * 8.01);
-        takes(&all, Some(Op::ReduceScatterV), 35, &[5, 20, 10, 0], 3.0 * 8.01);
-        takes(&all, Some(Op::AllReduce(Reduce::Sum)), 80, &[], 6.0 * 8.01);
-        takes(&all, Some(Op::AllReduce(Reduce::Sum)), 80, &[20; 4], 3.0 * 8.01);
+        takes(&all, Some(Op::ReduceScatter), 80, &[20; 4], 8.01 + 16.01);
+        takes(&all, Some(Op::ReduceScatterV), 35, &[5, 20, 10, 0], 8.01 + 16.01);
+        takes(&all, Some(Op::AllReduce(Reduce::Sum)), 80, &[], 2.0 * (8.01 + 16.01));
+        takes(&all, Some(Op::AllReduce(Reduce::Sum)), 80, &[20; 4], 8.01 + 16.01);
         // Every round has a pair on two nodes.
         takes(&all, Some(Op::AllToAll), 80, &[20; 4], 3.0 * 8.01);
         // All send to rank 0 only: rank 3 in the first round and 2 in the second, from the other node, 1 in the last.

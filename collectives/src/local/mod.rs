@@ -13,7 +13,7 @@ mod wire;
 
 pub use network::{Link, Network};
 
-use crate::{Error, Group, Recorder, group::Line, progress};
+use crate::{Error, Group, Recorder, flight::Flight, group::Line, progress};
 use std::{
     any::Any,
     fmt::Display,
@@ -81,7 +81,7 @@ where
     let queue = world.queue(rank);
     let recorder = Recorder::new();
     let (mut wire, face) = wire::LocalWire::new(rank, world.clone());
-    let line = Line { queue: queue.clone(), recorder: recorder.clone(), backend: "local" };
+    let line = Line { queue: queue.clone(), recorder: recorder.clone(), backend: "local", flight: Flight::default() };
     let group = Group::new(face, line);
     let progress = {
         let (queue, world) = (queue.clone(), world.clone());

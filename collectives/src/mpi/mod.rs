@@ -8,6 +8,7 @@ mod calls;
 mod wire;
 
 use crate::{
+    flight::Flight,
     Error, Group, Recorder, Result,
     group::Line,
     progress::{self, Face, Queue},
@@ -71,7 +72,7 @@ pub fn init_splitting(longest: usize) -> Result<Mpi> {
     let ended = Error::Stopped { op: "init", group: "world".into() };
     has_started.recv().unwrap_or(Err(ended))?;
     let face = Face { id: 0, name: "world".into(), rank, size };
-    let world = Group::new(face, Line { queue: queue.clone(), recorder, backend: "mpi" });
+    let world = Group::new(face, Line { queue: queue.clone(), recorder, backend: "mpi", flight: Flight::default() });
     Ok(Mpi { universe: Some(universe), world, queue, progress: Some(progress) })
 }
 
