@@ -1,9 +1,10 @@
 //! Timing as every benchmark here does it: warm-up, at least 20 runs, median with the tenth and ninetieth percentiles;
 //! [`compare`], which times methods against each other; [`simulate`], the cost model, for machines that are not here; and
-//! [`calibrate`], which makes such a machine of measurements.
+//! [`calibrate`], which makes such a machine of measurements; [`overlap`], whether a gather hides.
 
 pub mod calibrate;
 pub mod compare;
+pub mod overlap;
 pub mod simulate;
 
 use std::time::Instant;

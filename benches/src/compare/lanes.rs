@@ -80,9 +80,10 @@ pub(super) fn read(recorder: &Recorder, start: u64, end: u64) -> (Counts, Phase)
         });
     }
     let under_way = || phase.communicating.iter().map(|span| (span.start_ns, span.end_ns));
-    let waits = phase.communicating.iter().map(|span| (span.waits_from(), span.end_ns));
+    let waits = recorder.waits();
+    let waits = || waits.iter().map(|&(from, to)| (since(from), since(to)));
     counts.communication_ns = covered(under_way());
-    counts.hidden_ns = counts.communication_ns - covered(waits);
+    counts.hidden_ns = covered(under_way().chain(waits())) - covered(waits());
     phase.computing = recorder
         .compute_spans()
         .into_iter()

@@ -109,12 +109,7 @@ impl Plane {
 impl Chart {
     /// The chart as an HTML figure.
     pub fn render(&self) -> String {
-        let series: Vec<Series> = self
-            .series
-            .iter()
-            .map(|series| Series { name: series.name.clone(), points: thin(&self.shown(series)), ..*series })
-            .filter(|series| !series.points.is_empty())
-            .collect();
+        let series = self.drawn();
         let mut html = format!("<figure class=\"panel\"><figcaption><h2>{}</h2>", escape(&self.title));
         if series.len() > 1 {
             html += "<ul class=\"legend\">";
@@ -134,13 +129,57 @@ impl Chart {
             return html;
         }
         let plane = self.plane(&series);
-        html += &self.svg(&plane, &series);
+        html += &format!(
+            "<svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{} by {}\">{}</svg>",
+            self.width,
+            self.height,
+            escape(&self.y.title),
+            escape(&self.x.title),
+            self.drawing(&plane, &series)
+        );
         if !self.note.is_empty() {
             html += &format!("<p class=\"caption\">{}</p>", escape(&self.note));
         }
         html += &data(&plane, self.x.name, &series);
         html += "<div class=\"tip\" hidden></div></figure>\n";
         html
+    }
+
+    /// The chart as a picture of its own, an SVG file: title, legend, curves. `colours` is style that gives each class of a
+    /// series its colour.
+    pub fn picture(&self, colours: &str) -> String {
+        const HEAD: f64 = 62.0;
+        let series = self.drawn();
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {0} {1}\" width=\"{0}\" height=\"{1}\" role=\"img\">\n\
+             <title>{2}</title>\n<style>\n{3}{colours}</style>\n<rect class=\"paper\" width=\"{0}\" height=\"{1}\" rx=\"8\"/>\
+             <text class=\"heading\" x=\"18\" y=\"28\">{2}</text>",
+            self.width,
+            self.height + HEAD,
+            escape(&self.title),
+            include_str!("picture.css"),
+        );
+        let mut x = 18.0;
+        for Series { name, class, .. } in &series {
+            svg += &format!(
+                "<path class=\"series {class}\" d=\"M{x} 47h20\"/><text class=\"tick\" x=\"{}\" y=\"51\">{}</text>",
+                x + 27.0,
+                escape(name)
+            );
+            // About the width of a letter.
+            x += 52.0 + 6.6 * name.chars().count() as f64;
+        }
+        if !series.is_empty() {
+            svg += &format!("<g transform=\"translate(0 {HEAD})\">{}</g>", self.drawing(&self.plane(&series), &series));
+        }
+        svg + "</svg>\n"
+    }
+
+    /// The series that have something to show, thinned out.
+    fn drawn(&self) -> Vec<Series> {
+        let thinned =
+            |series: &Series| Series { name: series.name.clone(), points: thin(&self.shown(series)), ..*series };
+        self.series.iter().map(thinned).filter(|series| !series.points.is_empty()).collect()
     }
 
     /// The points of a series that its axes can show.
@@ -204,14 +243,9 @@ impl Chart {
         }
     }
 
-    fn svg(&self, plane: &Plane, series: &[Series]) -> String {
-        let mut svg = format!(
-            "<svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{} by {}\">",
-            self.width,
-            self.height,
-            escape(&self.y.title),
-            escape(&self.x.title)
-        );
+    /// Axes and curves, as what an `svg` element holds.
+    fn drawing(&self, plane: &Plane, series: &[Series]) -> String {
+        let mut svg = String::new();
         let Plane { left, right, top, bottom, .. } = *plane;
         let y_ticks = match self.y.scale.is_log() {
             true => log_ticks(plane.y, self.y_ticks()),
@@ -251,7 +285,7 @@ impl Chart {
         for series in series {
             svg += &marks(plane, series);
         }
-        svg += &format!("<path class=\"cursor\" d=\"M0 {top}V{bottom}\" visibility=\"hidden\"/></svg>");
+        svg += &format!("<path class=\"cursor\" d=\"M0 {top}V{bottom}\" visibility=\"hidden\"/>");
         svg
     }
 }

@@ -1,0 +1,229 @@
+//! The commands behind the figures, and a folder of what they gave.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Where a command's results are.
+enum Gives {
+    /// On standard output: this file.
+    Lines(&'static str),
+    /// In a folder, whose path the command takes last.
+    Folder(&'static str),
+}
+
+struct Measurement {
+    name: &'static str,
+    gives: Gives,
+    /// A program beside this one, behind a launcher where needed.
+    command: &'static [&'static str],
+    says: &'static str,
+}
+
+const MPIRUN: [&str; 6] = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2"];
+
+/// In the order of the README's table.
+const ALL: &[Measurement] = &[
+    Measurement {
+        name: "quickstart",
+        gives: Gives::Folder("quickstart"),
+        command: &["mpirun", "lasp", "train", "configs/quickstart.toml", "--run-dir"],
+        says: "validation loss by tokens; needs corpus.bin, as `make train` prepares it",
+    },
+    Measurement {
+        name: "chunkwise",
+        gives: Gives::Lines("chunkwise.jsonl"),
+        command: &["chunkwise", "--runs", "20"],
+        says: "chunkwise linear attention over the time of the same operations in batched matrix products",
+    },
+    Measurement {
+        name: "scaling",
+        gives: Gives::Lines("scaling.jsonl"),
+        command: &["training", "--what", "scaling", "--rounds", "2", "--tokens", "8192", "--set", "train.steps=7"],
+        says: "tokens/s of training steps under mpirun, sp = 2 over sp = 1, one libtorch thread a rank",
+    },
+    Measurement {
+        name: "flat",
+        gives: Gives::Lines("flat.jsonl"),
+        command: &["training", "--what", "flat", "--rounds", "2", "--set", "train.steps=5"],
+        says: "tokens/s of training steps at sp = 1 as the sequence grows",
+    },
+    Measurement {
+        name: "network",
+        gives: Gives::Folder("network"),
+        command: &[
+            "lasp",
+            "compare",
+            "--methods",
+            "lasp2,lasp1,hierarchical:node=1",
+            "--heads",
+            "4",
+            "--dim",
+            "128",
+            "--decay",
+            "head",
+            "--ranks",
+            "2,4,8",
+            "--seq-lens",
+            "1K",
+            "--network",
+            "node=1,intra=4ms/128MB/s,inter=4ms/128MB/s",
+            "--rounds",
+            "15",
+            "--out",
+        ],
+        says: "scans on an emulated network as ranks grow",
+    },
+    Measurement {
+        name: "overlap",
+        gives: Gives::Lines("overlap.jsonl"),
+        command: &["overlap"],
+        says: "LASP-2's step where the AllGather takes as long as the intra-rank work, over the step without communication",
+    },
+    Measurement {
+        name: "links",
+        gives: Gives::Lines("links.jsonl"),
+        command: &[
+            "lasp",
+            "bench",
+            "collectives",
+            "--json",
+            "--ranks",
+            "2",
+            "--ops",
+            "send_recv,all_gather",
+            "--min",
+            "1K",
+            "--max",
+            "1M",
+            "--factor",
+            "1024",
+            "--network",
+            "node=2,intra=50us/10GB/s,inter=50us/10GB/s",
+        ],
+        says: "what the emulated network adds to what it was told",
+    },
+];
+
+/// Runs what is asked for, all if nothing is, and writes the folder's README.
+pub fn all(run: &Path, only: &[String]) -> Result<()> {
+    if let Some(unknown) = only.iter().find(|name| ALL.iter().all(|m| m.name != **name)) {
+        let names: Vec<&str> = ALL.iter().map(|m| m.name).collect();
+        bail!("--only: found {unknown:?}, expected some of {}", names.join(", "));
+    }
+    fs::create_dir_all(run).with_context(|| format!("cannot create {}", run.display()))?;
+    for measurement in ALL.iter().filter(|m| only.is_empty() || only.iter().any(|name| name == m.name)) {
+        eprintln!("{}: {}", measurement.name, measurement.says);
+        let start = Instant::now();
+        measurement.run(run).with_context(|| measurement.name.to_owned())?;
+        eprintln!("{}: {:.0} s", measurement.name, start.elapsed().as_secs_f64());
+    }
+    fs::write(run.join("README.md"), readme(run)?).with_context(|| format!("cannot write to {}", run.display()))
+}
+
+impl Measurement {
+    fn run(&self, run: &Path) -> Result<()> {
+        let programs = std::env::current_exe()?;
+        let program = |name: &str| -> Result<_> {
+            let path = programs.with_file_name(name);
+            ensure!(path.exists(), "{} is missing: cargo build --release --workspace", path.display());
+            Ok(path)
+        };
+        let mut command = match self.command {
+            ["mpirun", name, rest @ ..] => {
+                let mut command = Command::new("mpirun");
+                command.args(&MPIRUN[1..]).arg(program(name)?).args(rest);
+                let as_root = [("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")];
+                command.envs(as_root).env("OMP_NUM_THREADS", "1");
+                command
+            }
+            [name, rest @ ..] => {
+                let mut command = Command::new(program(name)?);
+                command.args(rest);
+                command
+            }
+            [] => bail!("no command"),
+        };
+        let status = match self.gives {
+            // Whole or not at all.
+            Gives::Lines(file) => {
+                let aside = run.join(format!("{file}.part"));
+                let status = command.stdout(Stdio::from(File::create(&aside)?)).status();
+                if status.as_ref().is_ok_and(|status| status.success()) {
+                    fs::rename(&aside, run.join(file))?;
+                }
+                status
+            }
+            Gives::Folder(folder) => command.arg(run.join(folder)).stdout(Stdio::null()).status(),
+        };
+        let status = status.with_context(|| format!("cannot start {}", self.shown()))?;
+        ensure!(status.success(), "{} failed: {status}", self.shown());
+        if let Gives::Folder(folder) = self.gives {
+            // Checkpoints are not figures.
+            let _ = fs::remove_dir_all(run.join(folder).join("checkpoints"));
+        }
+        Ok(())
+    }
+
+    /// The command line as one would type it.
+    fn shown(&self) -> String {
+        let words = match self.command {
+            ["mpirun", rest @ ..] => [&MPIRUN, rest].concat(),
+            words => words.to_vec(),
+        };
+        words.join(" ")
+    }
+
+    fn file(&self) -> &'static str {
+        match self.gives {
+            Gives::Lines(file) => file,
+            Gives::Folder(folder) => folder,
+        }
+    }
+}
+
+/// What lies in the folder, and on what machine it was measured; then the folder's notes.md, of what came otherwise.
+fn readme(run: &Path) -> Result<String> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpu_info = read("/proc/cpuinfo");
+    let cpu = cpu_info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let cpu = cpu.map_or("unknown processor", |(_, name)| name);
+    let memory = read("/proc/meminfo");
+    let kib: f64 = memory.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap_or(0.0);
+    let cores = std::thread::available_parallelism()?;
+    let mut text = format!(
+        "# {cpu}, {cores} cores, {:.0} GiB\n\nWritten by `figures measure`; lasp {}, libtorch {}, release build. Compare ratios \
+         within one file: machines are shared.\n\n| result | command | what it says |\n|---|---|---|\n",
+        kib / f64::from(1 << 20),
+        env!("CARGO_PKG_VERSION"),
+        libtorch_version()?,
+    );
+    for measurement in ALL.iter().filter(|m| run.join(m.file()).exists()) {
+        let folder = if matches!(measurement.gives, Gives::Folder(_)) {
+            format!(" {}", measurement.file())
+        } else {
+            String::new()
+        };
+        text += &format!("| `{}` | `{}{folder}` | {} |\n", measurement.file(), measurement.shown(), measurement.says);
+    }
+    if let Ok(notes) = fs::read_to_string(run.join("notes.md")) {
+        text += &format!("\n{notes}");
+    }
+    Ok(text)
+}
+
+/// As `lasp doctor` has it.
+fn libtorch_version() -> Result<String> {
+    let path = std::env::current_exe()?.with_file_name("lasp");
+    let output = Command::new(path).arg("doctor").output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = text.lines().find(|line| line.contains("libtorch")).unwrap_or("unknown");
+    Ok(version
+        .split_whitespace()
+        .find(|word| word.starts_with(|c: char| c.is_ascii_digit()))
+        .unwrap_or("unknown")
+        .to_owned())
+}
