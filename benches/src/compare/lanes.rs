@@ -28,6 +28,8 @@ pub struct Phase {
     pub ns: u64,
     pub computing: Vec<Span>,
     pub communicating: Vec<Span>,
+    /// From when to when the rank was blocked.
+    pub waiting: Vec<(u64, u64)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,15 +37,6 @@ pub struct Span {
     pub name: String,
     pub start_ns: u64,
     pub end_ns: u64,
-    /// At its end, for how long the rank was blocked.
-    pub exposed_ns: u64,
-}
-
-impl Span {
-    /// Since when the rank was blocked for it.
-    pub(super) fn waits_from(&self) -> u64 {
-        self.end_ns - self.exposed_ns.min(self.end_ns - self.start_ns)
-    }
 }
 
 /// One step of a method on all ranks, phase by phase: `[rank][phase]`.
@@ -76,12 +69,11 @@ pub(super) fn read(recorder: &Recorder, start: u64, end: u64) -> (Counts, Phase)
             name: span.op.to_owned(),
             start_ns: since(span.started_ns),
             end_ns: since(span.ended_ns),
-            exposed_ns: span.exposed_ns,
         });
     }
     let under_way = || phase.communicating.iter().map(|span| (span.start_ns, span.end_ns));
-    let waits = recorder.waits();
-    let waits = || waits.iter().map(|&(from, to)| (since(from), since(to)));
+    phase.waiting = recorder.waits().into_iter().map(|(from, to)| (since(from), since(to))).collect();
+    let waits = || phase.waiting.iter().copied();
     counts.communication_ns = covered(under_way());
     counts.hidden_ns = covered(under_way().chain(waits())) - covered(waits());
     phase.computing = recorder
@@ -91,7 +83,6 @@ pub(super) fn read(recorder: &Recorder, start: u64, end: u64) -> (Counts, Phase)
             name: span.name.to_owned(),
             start_ns: since(span.started_ns),
             end_ns: since(span.ended_ns),
-            exposed_ns: 0,
         })
         .collect();
     (counts, phase)

@@ -80,7 +80,8 @@ fn figures(rows: &[&Row], conditions: &Conditions) -> Vec<(&'static str, String,
         rows.first().map_or_else(String::new, |row| format!("{} tokens, {}", grouped(row.tokens), ranks(row.ranks)));
     let mut figures = Vec::new();
     if let Some((row, m)) = least(&|m| m.step.median_ms) {
-        figures.push(("Quickest", row.method.clone(), where_));
+        // It may break after a colon.
+        figures.push(("Quickest", row.method.replace(':', ":\u{200b}"), where_));
         figures.push(("Its tokens per second", format_si(m.tokens_per_s), "median step".to_owned()));
         figures.push(("Its exposed time", format!("{:.1}%", 100.0 * m.exposed), "of a step".to_owned()));
     }

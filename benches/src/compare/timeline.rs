@@ -6,7 +6,7 @@ use std::fmt::Write;
 use runtime::report::chart::ticks;
 use runtime::report::escape;
 
-use super::lanes::{Lanes, Phase, Span};
+use super::lanes::{Lanes, Phase};
 use super::row::Row;
 use super::table::ms;
 
@@ -130,21 +130,25 @@ fn lane(phase: &Phase, y: f64, x: impl Fn(u64) -> f64) -> String {
             ms((end - start) as f64 / 1e6)
         );
     };
-    let waits = |span: &Span| (span.waits_from(), span.end_ns);
     block("busy", (0, phase.ns), y, COMPUTING, "computing");
     for span in &phase.computing {
         block("intra", (span.start_ns, span.end_ns), y, COMPUTING, &span.name.replace('_', " "));
     }
-    for span in phase.communicating.iter().filter(|span| span.exposed_ns > 0) {
-        block("wait", waits(span), y, COMPUTING, &format!("waiting for {}", span.name));
+    for &wait in &phase.waiting {
+        block("wait", wait, y, COMPUTING, "waiting for communication");
     }
     let below = y + COMPUTING + 1.5;
     for span in &phase.communicating {
         block("hidden", (span.start_ns, span.end_ns), below, COMMUNICATING, &span.name);
     }
-    // On top: several operations may travel while the rank waits for one.
-    for span in phase.communicating.iter().filter(|span| span.exposed_ns > 0) {
-        block("exposed", waits(span), below, COMMUNICATING, &format!("{}, exposed", span.name));
+    // On top: several operations may travel while the rank waits.
+    for span in &phase.communicating {
+        for &(from, to) in &phase.waiting {
+            let both = (from.max(span.start_ns), to.min(span.end_ns));
+            if both.0 < both.1 {
+                block("exposed", both, below, COMMUNICATING, &format!("{}, exposed", span.name));
+            }
+        }
     }
     svg
 }
