@@ -27,6 +27,9 @@ fn on_this_rank() -> anyhow::Result<()> {
     for case in lasp_tests::left_product_cases() {
         case.check(&world)?;
     }
+    if world.size() <= 4 {
+        lasp_tests::determinism::check(&world)?;
+    }
     // With more ranks than cores there is no compute to hide behind.
     if world.size() == 2 {
         lasp_tests::overlap::check(&world)?;

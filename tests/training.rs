@@ -43,7 +43,7 @@ fn config(corpus: &Path, settings: &[&str], ranks: usize) -> Result<Config> {
 fn train(run_dir: &Path, config: &Config, ranks: usize, resume: bool) -> Result<Vec<StepRecord>> {
     tch::set_num_threads(1);
     local::run(ranks, |world| -> Result<()> {
-        run(world, config.clone(), run_dir, Options { resume, console: false })?;
+        run(world, config.clone(), run_dir, Options { resume, ..Options::default() })?;
         Ok(())
     })?;
     Ok(metrics::read(run_dir)?)
@@ -154,6 +154,17 @@ fn resuming_another_model_is_refused() -> Result<()> {
     assert!(error.to_string().contains("earlier run"), "{error}");
     let error = train(&folder.path().join("nowhere"), &config(&corpus, &[], 1)?, 1, true).unwrap_err();
     assert!(error.to_string().contains("no checkpoint"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_run_that_keeps_no_checkpoint_writes_none() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let corpus = corpus(folder.path())?;
+    let run_dir = folder.path().join("run");
+    train(&run_dir, &config(&corpus, &["train.steps=2", "checkpoint.keep=0", "checkpoint.every=1"], 1)?, 1, false)?;
+    assert!(run_dir.join("report.html").exists());
+    assert!(!run_dir.join("checkpoints").exists());
     Ok(())
 }
 

@@ -2,6 +2,8 @@
 //! ranks at once, so that shared cores and memory count. f32 on the CPU. No figure without parity: the methods whose kernels
 //! are timed agree with the f64 oracle first.
 
+mod host;
+
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -19,6 +21,7 @@ use tch::{Device, Kind, Tensor};
 use crate::Timing;
 use crate::compare::{Comparison, Method, Mixer, Mode, Options};
 use crate::simulate::Machine;
+use crate::simulate::host::Host;
 use crate::simulate::machine::{Compute, Memory, Network, Overhead, Protocol, Sharding, Training};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -46,6 +49,8 @@ pub struct Setting {
     pub node: usize,
     /// Bytes of memory of a node.
     pub memory: u64,
+    /// The network, if it is emulated.
+    pub network: Option<String>,
 }
 
 /// A machine, and the measurements behind it as lines to read.
@@ -64,6 +69,7 @@ pub fn calibrate(world: &Group, setting: &Setting) -> Result<Calibration> {
     let mut measured = Vec::new();
     let network = network(world, setting.node, &mut measured)?;
     let (compute, memory) = kernels(world, setting, &mut measured)?;
+    let host = Some(Host { network: setting.network.clone(), ..host::host(world, &mut measured)? });
     let machine = Machine {
         name: setting.name.clone(),
         gpus_per_node: setting.node.min(world.size()),
@@ -82,6 +88,7 @@ pub fn calibrate(world: &Group, setting: &Setting) -> Result<Calibration> {
             activation_factor: 1.0,
             logit_bytes: 0.0,
         },
+        host,
     };
     Ok(Calibration { machine, measured })
 }
@@ -232,7 +239,7 @@ fn kernels(world: &Group, setting: &Setting, measured: &mut Vec<String>) -> Resu
     let adam = adam(world)?;
     let modelled = 2.0 * 16.0 / bandwidth;
     measured.push(format!(
-        "AdamW: {:.2} ns a parameter; the cost model's 32 bytes at the bandwidth of a copy give {:.2}",
+        "AdamW: {:.2} ns a parameter; its 32 bytes at the bandwidth of a copy would take {:.2}",
         1e9 * adam,
         1e9 * modelled
     ));
@@ -245,8 +252,12 @@ fn kernels(world: &Group, setting: &Setting, measured: &mut Vec<String>) -> Resu
         left_product_efficiency: left / peak,
     };
     let ranks = setting.node.clamp(1, world.size()) as f64;
-    let memory =
-        Memory { bandwidth_gbps: bandwidth / 1e9, capacity_gb: setting.memory as f64 / ranks / 1e9, reserved_gb: 0.1 };
+    let memory = Memory {
+        bandwidth_gbps: bandwidth / 1e9,
+        optimizer_efficiency: modelled / adam,
+        capacity_gb: setting.memory as f64 / ranks / 1e9,
+        reserved_gb: 0.1,
+    };
     Ok((compute, memory))
 }
 

@@ -1,6 +1,7 @@
 //! What can go wrong between ranks. Each variant carries its operands, and its message says what was found, what was
 //! expected and, where there is one, the setting to change.
 
+use crate::nccl::{SHARES_GPUS, Version};
 use std::sync::Arc;
 use tch::Kind;
 
@@ -50,6 +51,10 @@ pub enum Error {
     #[error("rank {rank} failed: {message}")]
     RankFailed { rank: usize, message: String },
 
+    /// `rank` counts in the world.
+    #[error("rank {rank} is gone: {message}")]
+    RankLost { rank: usize, message: String },
+
     #[error("{op} on group {group}: this rank's progress thread has ended; communicate only while the job runs")]
     Stopped { op: &'static str, group: Arc<str> },
 
@@ -67,6 +72,33 @@ pub enum Error {
 
     #[error("{call} failed with code {code}: {message}")]
     Mpi { call: &'static str, code: i32, message: String },
+
+    #[error("rank {rank} of {size} did not get into the job of rank 0 at {at}: {problem}")]
+    Join { rank: usize, size: usize, at: String, problem: String },
+
+    #[error("another rank sent {found}; all ranks must run the same build")]
+    Foreign { found: String },
+
+    #[error(
+        "NCCL: {problem}; it comes with PyTorch's wheel, or with `pip install nvidia-nccl-cu13`, the same on all ranks"
+    )]
+    NoNccl { problem: String },
+
+    #[error(
+        "ranks {ranks:?} share a GPU, for which NCCL {SHARES_GPUS} or later is needed, found {found}: start one rank a GPU, \
+         or `pip install 'nvidia-nccl-cu13>=2.30'` and set NCCL_MULTI_RANK_GPU_ENABLE=1"
+    )]
+    SharedGpu { ranks: Vec<usize>, found: Version },
+
+    #[error("{call} failed with code {code}: {message}")]
+    Nccl { call: &'static str, code: i32, message: String },
+
+    #[error("{call} failed with code {code}: {message}")]
+    Cuda { call: &'static str, code: i32, message: String },
+
+    /// `rank` counts in the world; `number` the operations of this sort on the group's GPUs.
+    #[error("rank {rank}: {op} #{number} on group {group}, {bytes} bytes, on the GPU: {problem}")]
+    OnGpu { rank: usize, op: &'static str, number: u64, group: Arc<str>, bytes: u64, problem: String },
 
     #[error(transparent)]
     Tch(#[from] tch::TchError),

@@ -5,12 +5,13 @@
 use crate::{
     Error, Pending, Recorder, Reduce, Result,
     flight::{Awaited, Flight, awaited_in_flight},
+    nccl::Lanes,
     op::{Call, KINDS, MAX_DIMS, Op},
     pending::promise,
     progress::{Face, Job, Outcome, Queue, stopped},
 };
 use std::{fmt, sync::Arc, time::Instant};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Some ranks that communicate. Cheap to clone; clones are the same communicator.
 ///
@@ -20,12 +21,15 @@ use tch::{Kind, Tensor};
 ///
 /// Tensors may be Double, Float, BFloat16 or Int64, of up to 8 dimensions, also without elements; they are taken detached
 /// and made contiguous, and results need no gradient and share no memory with any input. The input may be dropped at any
-/// time, but must not be written to before `wait` has returned. Tensors on other devices than the CPU go through copies
-/// on the CPU, and the result comes back to the device of the input. W is the size of the group in the comments below.
+/// time, but must not be written to before `wait` has returned. Tensors on a GPU travel by NCCL where the group has it
+/// ([`crate::nccl`]); else they go through copies on the CPU. Either way the result is on the device of the input. W is the size of the group in the comments below.
 #[derive(Clone)]
 pub struct Group {
     face: Arc<Face>,
     line: Line,
+    /// For tensors on the GPU; without, they go through the CPU.
+    lanes: Option<Arc<Lanes>>,
+    recorded: bool,
 }
 
 /// A rank's connection to its progress thread.
@@ -39,7 +43,21 @@ pub(crate) struct Line {
 
 impl Group {
     pub(crate) fn new(face: Face, line: Line) -> Group {
-        Group { face: Arc::new(face), line }
+        Group { face: Arc::new(face), line, lanes: None, recorded: true }
+    }
+
+    /// The same ranks, with all tensors on the CPU, and nothing recorded.
+    pub(crate) fn plain(&self) -> Group {
+        Group { lanes: None, recorded: false, ..self.clone() }
+    }
+
+    /// The same ranks, with tensors on the GPU on these lanes.
+    pub(crate) fn with_lanes(&self, lanes: Arc<Lanes>) -> Group {
+        Group { lanes: Some(lanes), ..self.clone() }
+    }
+
+    pub(crate) fn shared_name(&self) -> Arc<str> {
+        self.face.name.clone()
     }
 
     /// This rank's place in the group, from 0.
@@ -57,9 +75,20 @@ impl Group {
         &self.face.name
     }
 
-    /// `local` or `mpi`.
+    /// What carries tensors on the CPU: `local`, `mpi` or `tcp`.
     pub fn backend(&self) -> &'static str {
         self.line.backend
+    }
+
+    /// What carries tensors on `device`: `nccl`, or [`Group::backend`].
+    pub fn backend_on(&self, device: Device) -> &'static str {
+        if device.is_cuda() && self.lanes.is_some() { "nccl" } else { self.backend() }
+    }
+
+    /// How long a rank's part of an all_gather on GPUs may be, in bytes, to go by copies between the ranks' memories instead of
+    /// NCCL ([`crate::nccl::PeerCopies`]). Known once the group has done a collective on GPUs; 0 before, and where none does.
+    pub fn peer_copies_up_to(&self) -> usize {
+        self.lanes.as_ref().map_or(0, |lanes| lanes.copies_up_to())
     }
 
     /// This rank's flight recorder, shared by all its groups.
@@ -78,7 +107,11 @@ impl Group {
         let call = self.call(Op::Split, &pair)?;
         let outcome = self.issue(call, Some(&pair), Some(name.into()))?.wait()?;
         match outcome {
-            Outcome::Group(face) => Ok(Group::new(face, self.line.clone())),
+            Outcome::Group(face) => {
+                let group = Group { recorded: self.recorded, ..Group::new(face, self.line.clone()) };
+                let lanes = self.lanes.as_ref().map(|lanes| lanes.of(&group));
+                Ok(Group { lanes, ..group })
+            }
             Outcome::Tensor(_) => Err(stopped(Op::Split, &self.face)),
         }
     }
@@ -146,8 +179,19 @@ impl Group {
 
     /// Receives, on the CPU, the next tensor that `from` sends here; its shape and kind must be as given.
     pub fn recv(&self, shape: &[i64], kind: Kind, from: usize) -> Result<Pending<Tensor>> {
+        self.recv_on(Device::Cpu, shape, kind, from)
+    }
+
+    /// Receives, on `device`, the next tensor that `from` sends here; its shape and kind must be as given. With NCCL, messages
+    /// between GPUs and those between CPUs are counted apart: `from` must send from the same sort of device.
+    pub fn recv_on(&self, device: Device, shape: &[i64], kind: Kind, from: usize) -> Result<Pending<Tensor>> {
         self.check_peer("recv", from)?;
-        self.tensor(self.call_of(Op::Recv { from }, shape.into(), kind)?, None)
+        let call = self.call_of(Op::Recv { from }, shape.into(), kind)?;
+        match (&self.lanes, device) {
+            (Some(lanes), Device::Cuda(_)) => lanes.issue(call, None),
+            (_, Device::Cpu) => self.tensor(call, None),
+            _ => Ok(self.tensor(call, None)?.map(move |x| Ok(x.f_to_device(device)?))),
+        }
     }
 
     /// Ends when all ranks have come.
@@ -216,6 +260,15 @@ impl Group {
     }
 
     fn tensor(&self, call: Call, input: Option<&Tensor>) -> Result<Pending<Tensor>> {
+        if let (Some(lanes), Some(x)) = (&self.lanes, input)
+            && x.device().is_cuda()
+        {
+            return lanes.issue(call, Some(x.f_detach()?));
+        }
+        self.on_host(call, input)
+    }
+
+    fn on_host(&self, call: Call, input: Option<&Tensor>) -> Result<Pending<Tensor>> {
         let (op, face) = (call.op, self.face.clone());
         Ok(self.issue(call, input, None)?.map(move |outcome| match outcome {
             Outcome::Tensor(result) => Ok(result),
@@ -229,13 +282,16 @@ impl Group {
         let op = call.op.name();
         let group = self.face.name.clone();
         let recorder = self.line.recorder.clone();
-        let seq = recorder.issued(group.clone(), op, call.bytes(self.rank(), self.size()));
+        let issued_now = || recorder.issued(group.clone(), op, call.bytes(self.rank(), self.size()));
+        let seq = self.recorded.then(issued_now);
         let (promise, receipt) = promise(op, group.clone());
         self.line.queue.push(Job { face: self.face.clone(), call, input, name, promise, seq, issued });
         Ok(Pending::coming(receipt.arrived(), move || {
             let from = recorder.now();
             let result = receipt.take();
-            if !awaited_in_flight(&|| Awaited { seq, group: group.clone(), op }) {
+            if let Some(seq) = seq
+                && !awaited_in_flight(&|| Awaited { seq, group: group.clone(), op })
+            {
                 recorder.exposed(seq, group, op, (from, recorder.now()));
             }
             result

@@ -1,9 +1,9 @@
 //! Ranks talking to each other: groups of ranks, a two-axis mesh of them, and collectives that run while a rank computes.
 //!
 //! A rank issues all its communication from one thread, in program order. Each call on a [`Group`] enqueues a job for the
-//! rank's progress thread and returns a [`Pending`] at once; `wait` gives the result. The same operations run on two back
-//! ends: [`local`], ranks as threads of one process, and `mpi` (cargo feature `mpi`), ranks as processes. Both move bytes
-//! only; what an operation means, and in which order numbers are added, is written once (`program`), so the back ends
+//! rank's progress thread and returns a [`Pending`] at once; `wait` gives the result. The same operations run on three back
+//! ends: [`local`], ranks as threads of one process, and `mpi` (cargo feature `mpi`) and [`tcp`], ranks as processes. They
+//! move bytes only; what an operation means, and in which order numbers are added, is written once (`program`), so they
 //! agree bit for bit.
 //!
 //! This crate knows no model, reads no environment variable, and starts no processes.
@@ -22,10 +22,13 @@ mod mesh;
 #[cfg(feature = "mpi")]
 #[allow(unsafe_code)]
 pub mod mpi;
+#[allow(unsafe_code)]
+pub mod nccl;
 mod op;
 mod pending;
 mod program;
 mod progress;
+pub mod tcp;
 mod trace;
 
 pub use error::{Error, Result};

@@ -1,6 +1,6 @@
 //! What one rank brings to an operation, and the check that all ranks of the group brought the same.
 //!
-//! A [`Call`] travels ahead of the data (MPI) or beside it (local). [`agree`] is pure: given the calls of all ranks it
+//! A [`Call`] travels ahead of the data (MPI), with it (TCP) or beside it (local). [`agree`] is pure: given the calls of all ranks it
 //! answers the same on each of them, so that either all ranks go on to the data or all get the same error.
 
 use crate::{Error, Result};
@@ -68,7 +68,6 @@ impl Op {
         }
     }
 
-    #[cfg(any(feature = "mpi", test))]
     fn encode(self) -> [i64; 2] {
         match self {
             Op::AllGather => [0, 0],
@@ -88,7 +87,6 @@ impl Op {
         }
     }
 
-    #[cfg(any(feature = "mpi", test))]
     fn decode(code: i64, operand: i64) -> Option<Op> {
         Some(match (code, operand) {
             (0, _) => Op::AllGather,
@@ -194,12 +192,10 @@ impl Call {
     }
 
     /// Words of a header on a group of `size` ranks: the same on each rank, whatever the operation.
-    #[cfg(any(feature = "mpi", test))]
     pub(crate) fn words(size: usize) -> usize {
         7 + MAX_DIMS + 2 * size
     }
 
-    #[cfg(any(feature = "mpi", test))]
     pub(crate) fn encode(&self, size: usize) -> Vec<i64> {
         let [code, operand] = self.op.encode();
         let lengths = [self.shape.len(), self.send_rows.len(), self.recv_rows.len()].map(|n| n as i64);
@@ -211,7 +207,6 @@ impl Call {
     }
 
     /// `None` for words that no [`Call::encode`] wrote.
-    #[cfg(any(feature = "mpi", test))]
     pub(crate) fn decode(words: &[i64]) -> Option<Call> {
         let [number, code, operand, kind, dims, sends, recvs, rest @ ..] = words else { return None };
         let mut rest = rest.iter().copied();
@@ -233,7 +228,6 @@ impl Call {
 
 pub(crate) const KINDS: [Kind; 4] = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Int64];
 
-#[cfg(any(feature = "mpi", test))]
 fn kind_code(kind: Kind) -> i64 {
     KINDS.iter().position(|&k| k == kind).map_or(-1, |at| at as i64)
 }

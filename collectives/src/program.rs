@@ -16,7 +16,6 @@ const SMALL: i64 = 2048;
 /// One movement of data. Tensors are flat, contiguous and on the CPU; counts are elements, one for each rank.
 pub(crate) enum Step {
     /// Everyone gets everyone's `x`, joined in rank order.
-    #[cfg_attr(not(feature = "mpi"), expect(dead_code, reason = "ranks that share memory see the lengths"))]
     Gather {
         x: Tensor,
         counts: Vec<i64>,

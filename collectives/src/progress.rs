@@ -89,7 +89,8 @@ pub(crate) struct Job {
     /// For `split`: the name of the group to be made.
     pub name: Option<Arc<str>>,
     pub promise: Promise<Outcome>,
-    pub seq: u64,
+    /// The recorder's, if it is recorded.
+    pub seq: Option<u64>,
     pub issued: Instant,
 }
 
@@ -167,7 +168,7 @@ struct Running {
     promise: Promise<Outcome>,
     op: Op,
     bytes: (u64, u64),
-    seq: u64,
+    seq: Option<u64>,
     issued: Instant,
 }
 
@@ -279,7 +280,7 @@ pub(crate) fn run(queue: &Queue, recorder: &Recorder, wire: &mut dyn Wire) {
 
 /// Prepares the input and begins the first step; a job that fails already is ended here.
 fn begin(job: Job, recorder: &Recorder, wire: &mut dyn Wire) -> Option<Running> {
-    recorder.started(job.seq);
+    job.seq.iter().for_each(|&seq| recorder.started(seq));
     let Job { face, call, input, name, promise, seq, issued } = job;
     let op = call.op;
     let bytes = call.bytes(face.rank, face.size);
@@ -299,7 +300,7 @@ fn begin(job: Job, recorder: &Recorder, wire: &mut dyn Wire) -> Option<Running> 
             Some(Running { face, program, transfer, split: name, device, promise, op, bytes, seq, issued })
         }
         Err(error) => {
-            recorder.ended(seq, face.name.clone(), op.name(), bytes, false);
+            seq.iter().for_each(|&seq| recorder.ended(seq, face.name.clone(), op.name(), bytes, false));
             promise.fulfil(Err(error));
             None
         }
@@ -328,7 +329,8 @@ impl Running {
     }
 
     fn end(self, result: Result<Outcome>, recorder: &Recorder) {
-        recorder.ended(self.seq, self.face.name.clone(), self.op.name(), self.bytes, result.is_ok());
+        let Running { ref face, op, bytes, .. } = self;
+        self.seq.iter().for_each(|&seq| recorder.ended(seq, face.name.clone(), op.name(), bytes, result.is_ok()));
         // Its tensors go first: when `wait` returns, nothing of ours refers to the input any more.
         drop((self.program, self.transfer));
         self.promise.fulfil(result);

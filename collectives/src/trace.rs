@@ -3,10 +3,13 @@
 //! One [`Recorder`] a rank, shared by all its groups. It keeps the last 4096 communication and compute spans and counts
 //! everything. Drawing traces and printing tables are the business of others.
 
-use crate::pending::lock;
+use crate::{
+    nccl::{Event, Gpu},
+    pending::lock,
+};
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, OnceLock},
+    sync::{Arc, Mutex, OnceLock, Weak},
     time::Instant,
 };
 
@@ -78,6 +81,7 @@ struct Record {
     compute: VecDeque<ComputeSpan>,
     waits: VecDeque<(u64, u64)>,
     totals: BTreeMap<(Arc<str>, &'static str), Totals>,
+    gpu: Weak<Gpu>,
 }
 
 struct Entry {
@@ -119,9 +123,27 @@ impl Recorder {
         EPOCH.get_or_init(Instant::now).elapsed().as_nanos() as u64
     }
 
-    /// Records a compute span that lasts until the guard is dropped.
+    /// Records a compute span that lasts until the guard is dropped. On a rank with a GPU it is the work that the calling
+    /// thread enqueues meanwhile on its current stream.
     pub fn span(&self, name: &'static str) -> SpanGuard {
-        SpanGuard { recorder: self.clone(), name, started_ns: self.now() }
+        let mark = self.gpu().and_then(|gpu| gpu.mark());
+        SpanGuard { recorder: self.clone(), name, started_ns: self.now(), mark }
+    }
+
+    /// Blocks until what was issued on a GPU has ended and is recorded: till then spans and totals may lack it.
+    pub fn settle(&self) {
+        if let Some(gpu) = self.gpu() {
+            gpu.settle();
+        }
+    }
+
+    fn gpu(&self) -> Option<Arc<Gpu>> {
+        lock(&self.0).gpu.upgrade()
+    }
+
+    /// From now on spans are those of the work on this GPU.
+    pub(crate) fn attach(&self, gpu: &Arc<Gpu>) {
+        lock(&self.0).gpu = Arc::downgrade(gpu);
     }
 
     /// The last finished operations, oldest first. Those that failed or are still running are only in [`Recorder::tail`].
@@ -218,7 +240,9 @@ impl Recorder {
         let now = self.now();
         let mut record = lock(&self.0);
         if let Some(entry) = record.entry(seq) {
-            entry.span.ended_ns = now;
+            if entry.span.ended_ns == 0 {
+                entry.span.ended_ns = now;
+            }
             entry.stage = if ok { Stage::Done } else { Stage::Failed };
         }
         if ok {
@@ -227,6 +251,18 @@ impl Recorder {
             totals.bytes_sent += bytes.0;
             totals.bytes_received += bytes.1;
         }
+    }
+
+    /// When an operation ran on the GPU; before `ended`.
+    pub(crate) fn ran(&self, seq: u64, (from, to): (u64, u64)) {
+        if let Some(entry) = lock(&self.0).entry(seq) {
+            entry.span.started_ns = from;
+            entry.span.ended_ns = to;
+        }
+    }
+
+    pub(crate) fn computed(&self, name: &'static str, (started_ns, ended_ns): (u64, u64)) {
+        push(&mut lock(&self.0).compute, ComputeSpan { name, started_ns, ended_ns });
     }
 
     /// The rank was blocked from `from` to `to`.
@@ -247,12 +283,18 @@ pub struct SpanGuard {
     recorder: Recorder,
     name: &'static str,
     started_ns: u64,
+    /// Its start on the GPU.
+    mark: Option<Event>,
 }
 
 impl Drop for SpanGuard {
     fn drop(&mut self) {
-        let span = ComputeSpan { name: self.name, started_ns: self.started_ns, ended_ns: self.recorder.now() };
-        push(&mut lock(&self.recorder.0).compute, span);
+        if let (Some(mark), Some(gpu)) = (self.mark.take(), self.recorder.gpu())
+            && let Some(end) = gpu.mark()
+        {
+            return gpu.span(self.name, mark, end);
+        }
+        self.recorder.computed(self.name, (self.started_ns, self.recorder.now()));
     }
 }
 

@@ -6,6 +6,8 @@
 
 #[cfg(feature = "mpi")]
 mod common;
+#[cfg(feature = "mpi")]
+mod launcher;
 
 #[cfg(not(feature = "mpi"))]
 fn main() {
@@ -16,31 +18,28 @@ fn main() {
 fn main() -> std::process::ExitCode {
     match std::env::var_os("OMPI_COMM_WORLD_SIZE") {
         Some(_) => rank::main(),
-        None => launcher::main(),
+        None => jobs::main(),
     }
 }
 
 #[cfg(feature = "mpi")]
-mod launcher {
+mod jobs {
+    use super::launcher::{self, Test};
     use std::{
         env,
-        io::{ErrorKind, Read},
+        io::ErrorKind,
         process::{Command, ExitCode, Stdio},
-        thread,
-        time::{Duration, Instant, SystemTime, UNIX_EPOCH},
     };
 
-    /// Name, ranks, and what the ranks are told.
-    const TESTS: &[(&str, usize, &[&str])] = &[
-        ("all_cases_on_1_rank", 1, &["suite"]),
-        ("all_cases_on_2_ranks", 2, &["suite"]),
-        ("all_cases_on_3_ranks", 3, &["suite"]),
-        ("all_cases_on_4_ranks", 4, &["suite"]),
-        ("all_cases_in_parts_of_56_bytes", 3, &["suite", "56"]),
-        ("a_panic_ends_the_job", 3, &["panic"]),
-        ("an_error_ends_the_job", 3, &["error"]),
+    const TESTS: &[Test] = &[
+        Test { name: "all_cases_on_1_rank", ranks: 1, told: &["suite"] },
+        Test { name: "all_cases_on_2_ranks", ranks: 2, told: &["suite"] },
+        Test { name: "all_cases_on_3_ranks", ranks: 3, told: &["suite"] },
+        Test { name: "all_cases_on_4_ranks", ranks: 4, told: &["suite"] },
+        Test { name: "all_cases_in_parts_of_56_bytes", ranks: 3, told: &["suite", "56"] },
+        Test { name: "a_panic_ends_the_job", ranks: 3, told: &["panic"] },
+        Test { name: "an_error_ends_the_job", ranks: 3, told: &["error"] },
     ];
-    const LIMIT: Duration = Duration::from_secs(120);
 
     pub fn main() -> ExitCode {
         if let Err(error) = Command::new("mpirun").arg("--version").stdout(Stdio::null()).status() {
@@ -48,105 +47,19 @@ mod launcher {
             println!("not tested: {why}");
             return ExitCode::SUCCESS;
         }
-        // As libtest does: arguments that are not options choose tests by a part of their name.
-        let chosen: Vec<String> = env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
-        let (mut passed, mut failed, started) = (0, 0, Instant::now());
-        let is_chosen = |name: &str| chosen.is_empty() || chosen.iter().any(|part| name.contains(part.as_str()));
-        for (name, ranks, told) in TESTS.iter().filter(|(name, ..)| is_chosen(name)) {
-            let ran = mpirun(*ranks, told).and_then(|end| end.check(told[0]));
-            match ran {
-                Ok(()) => {
-                    println!("test {name} ... ok");
-                    passed += 1;
-                }
-                Err(why) => {
-                    println!("test {name} ... FAILED\n{why}");
-                    failed += 1;
-                }
-            }
-        }
-        println!(
-            "\ntest result: {}. {passed} passed; {failed} failed; 0 ignored; 0 measured; {} filtered out; \
-             finished in {:.2}s\n",
-            if failed == 0 { "ok" } else { "FAILED" },
-            TESTS.len() - passed - failed,
-            started.elapsed().as_secs_f64()
-        );
-        if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        launcher::main(TESTS, |test| launcher::job(vec![mpirun(test)?])?.check(test))
     }
 
-    struct End {
-        succeeded: bool,
-        output: String,
-        at_ms: u128,
-    }
-
-    fn mpirun(ranks: usize, told: &[&str]) -> Result<End, String> {
+    fn mpirun(test: &Test) -> Result<Command, String> {
         let program = env::current_exe().map_err(|e| e.to_string())?;
-        let mut job = Command::new("mpirun")
-            .args(["--oversubscribe", "--bind-to", "none", "-n", &ranks.to_string()])
+        let mut job = Command::new("mpirun");
+        job.args(["--oversubscribe", "--bind-to", "none", "-n", &test.ranks.to_string()])
             .arg(program)
-            .args(told)
+            .args(test.told)
             .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
             .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-            .env("OMP_NUM_THREADS", "1")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(|e| format!("cannot start mpirun: {e}"))?;
-        let (stdout, stderr) = (job.stdout.take(), job.stderr.take());
-        let out = thread::spawn(move || read(stdout));
-        let err = thread::spawn(move || read(stderr));
-        let deadline = Instant::now() + LIMIT;
-        let status = loop {
-            if let Some(status) = job.try_wait().map_err(|e| e.to_string())? {
-                break Some(status);
-            }
-            if Instant::now() > deadline {
-                let _ = job.kill();
-                let _ = job.wait();
-                break None;
-            }
-            thread::sleep(Duration::from_millis(5));
-        };
-        let at_ms = now_ms();
-        let output = [out, err].map(|pipe| pipe.join().unwrap_or_default()).concat();
-        match status {
-            Some(status) => Ok(End { succeeded: status.success(), output, at_ms }),
-            None => Err(format!("no end after {LIMIT:?}\n{output}")),
-        }
-    }
-
-    fn read(pipe: Option<impl Read>) -> String {
-        let mut bytes = Vec::new();
-        let _ = pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
-
-    pub fn now_ms() -> u128 {
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis())
-    }
-
-    impl End {
-        fn check(self, told: &str) -> Result<(), String> {
-            let fail = |why: String| Err(format!("{why}\n{}", self.output));
-            if told == "suite" {
-                return if self.succeeded { Ok(()) } else { fail("the ranks failed".into()) };
-            }
-            if self.succeeded {
-                return fail("the job's status is that of success".into());
-            }
-            if !self.output.contains("rank 1: gave up on purpose") {
-                return fail("the failing rank's message is missing".into());
-            }
-            let failed_at = self.output.lines().find_map(|line| line.strip_prefix("failing at ")?.parse::<u128>().ok());
-            match failed_at.map(|at| self.at_ms.saturating_sub(at)) {
-                Some(ms) if ms < 2000 => Ok(()),
-                Some(ms) => fail(format!("the job ended {ms} ms after the failure, expected less than 2000")),
-                None => fail("the failing rank said no time".into()),
-            }
-        }
+            .env("OMP_NUM_THREADS", "1");
+        Ok(job)
     }
 }
 

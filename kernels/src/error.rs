@@ -16,6 +16,8 @@ pub enum Error {
     Tile { index: usize, tile: Tile, expected: String },
     #[error("{0}")]
     Unsupported(String),
+    #[error("CUDA: {0}")]
+    Cuda(String),
     #[error("libtorch: {0}")]
     Libtorch(String),
     #[error(transparent)]

@@ -1,9 +1,18 @@
-//! The one comparison that every test of this workspace uses.
+//! The one comparison that every test of this workspace uses, and the GPU to test on.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
+
+/// The first GPU; without one, `None`, and a line that says so.
+pub fn cuda() -> Option<Device> {
+    let there = crate::bridge::open_cuda().is_ok() && tch::Cuda::is_available();
+    if !there {
+        println!("not tested: no CUDA device");
+    }
+    there.then_some(Device::Cuda(0))
+}
 
 fn double(x: &Tensor) -> Tensor {
-    x.to_device(tch::Device::Cpu).to_kind(Kind::Double)
+    x.to_device(Device::Cpu).to_kind(Kind::Double)
 }
 
 /// Root mean square, in f64; 0 for a tensor without elements.

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use kernels::softmax::{self, Tile, blockwise, oracle};
-use kernels::testing::{assert_close, relative_rms};
+use kernels::testing::{assert_close, cuda, relative_rms};
 use kernels::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -83,6 +83,7 @@ fn cases() -> Vec<Case> {
         case("causal across blocks", [1, 700, 700, 2, 1, 32, 32], whole(700, 700, true)),
         case("causal with offset, groups of 4, K > V", [2, 37, 101, 8, 2, 20, 12], whole(37, 101, true)),
         case("causal with offset 1", [1, 530, 531, 2, 2, 8, 8], whole(530, 531, true)),
+        case("causal with offset, groups of 4, wide", [1, 200, 456, 8, 2, 128, 128], whole(200, 456, true)),
         case("unmasked, groups of 2, K < V", [3, 33, 5, 4, 2, 7, 24], whole(33, 5, false)),
         case("unmasked across blocks", [1, 600, 1000, 3, 1, 16, 16], whole(600, 1000, false)),
         case("one query", [1, 1, 1000, 4, 1, 64, 128], whole(1, 1000, true)),
@@ -140,12 +141,9 @@ fn f32_matches_the_oracle() {
 
 #[test]
 fn cuda_matches_the_oracle() {
-    if !tch::Cuda::is_available() {
-        println!("not tested: softmax attention on CUDA, which libtorch does not find here");
-        return;
-    }
-    assert_matches_oracle(Device::Cuda(0), Kind::Double, 1e-10);
-    assert_matches_oracle(Device::Cuda(0), Kind::Float, 1e-5);
+    let Some(device) = cuda() else { return };
+    assert_matches_oracle(device, Kind::Double, 1e-10);
+    assert_matches_oracle(device, Kind::Float, 1e-5);
 }
 
 /// The textbook in the inputs' own kind, with the gradients of libtorch's autograd: `[o, dq, dk, dv]`.
@@ -156,7 +154,7 @@ fn textbook(inputs: &Inputs, causal: bool) -> [Tensor; 4] {
     let mut scores = heads(&q, 1).matmul(&heads(&k, group).transpose(2, 3)) * inputs.scale;
     if causal {
         let (tq, tk) = (q.size()[1], k.size()[1]);
-        let ahead = Tensor::ones([tq, tk], (Kind::Bool, Device::Cpu)).triu(tk - tq + 1);
+        let ahead = Tensor::ones([tq, tk], (Kind::Bool, q.device())).triu(tk - tq + 1);
         scores = scores.masked_fill(&ahead, f64::NEG_INFINITY);
     }
     let o = scores.softmax(-1, None).matmul(&heads(&v, group)).transpose(1, 2);
@@ -186,8 +184,18 @@ fn the_oracle_agrees_with_autograd() {
 
 #[test]
 fn bf16_errs_at_most_twice_as_much_as_the_textbook() {
+    assert_bf16_errs_little(Device::Cpu);
+}
+
+#[test]
+fn bf16_errs_at_most_twice_as_much_as_the_textbook_on_cuda() {
+    let Some(device) = cuda() else { return };
+    assert_bf16_errs_little(device);
+}
+
+fn assert_bf16_errs_little(device: Device) {
     for case in cases().into_iter().filter(Case::is_one_full_tile) {
-        let inputs = case.inputs(Kind::BFloat16);
+        let inputs = case.inputs_on(device, Kind::BFloat16);
         let reference = oracle_gradients(&inputs, &case.tiles);
         let naive = textbook(&inputs, case.tiles[0].causal);
         let Inputs { q, k, v, d_o, scale } = &inputs;

@@ -35,7 +35,8 @@ pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
     job::on_network(launcher, args.network.as_ref(), ranks, |world| {
         let name = args.out.file_stem().map_or_else(|| "here".to_owned(), |name| name.to_string_lossy().into_owned());
         let node = args.network.map_or(world.size(), |network| network.node);
-        let found = calibrate(world, &Setting { name, node, memory: doctor::memory("MemTotal") })?;
+        let network = args.network.map(|network| network.to_string());
+        let found = calibrate(world, &Setting { name, node, memory: doctor::memory("MemTotal"), network })?;
         if world.rank() == 0 { write(&args, world, &found) } else { Ok(()) }
     })
 }

@@ -20,7 +20,7 @@ use runtime::metrics::format_duration;
 use serde_json::{Value, json};
 
 use crate::identity::{Launcher, cores};
-use crate::{doctor, job, output};
+use crate::{auto, doctor, job, output};
 
 /// Time methods of sequence parallelism against each other: tables, results.jsonl, report.html
 #[derive(clap::Args)]
@@ -206,6 +206,15 @@ fn options(args: &Args) -> Result<Options> {
 fn compare(args: &Args, options: &Options, world: &Group, results: &Mutex<Results>) -> Result<()> {
     let first = world.rank() == 0;
     let lock = || results.lock().map_err(|_| anyhow::anyhow!("another rank failed"));
+    // What the methods are compared in may be left open.
+    let mut options = options.clone();
+    let mut config = options.config.clone();
+    (config.parallel.sp, config.parallel.dp) = (world.size(), 1);
+    config.train.seq_len = args.seq_lens.iter().copied().max().unwrap_or(1) as usize;
+    auto::agree(&mut config, world, false)?;
+    options.config.parallel.linear_method = config.parallel.linear_method;
+    options.config.parallel.softmax_method = config.parallel.softmax_method;
+    let options = &options;
     let comparison = Comparison::new(world, options)?;
     if first {
         lock()?.begin(options, world)?;

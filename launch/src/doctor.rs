@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
+use collectives::nccl::{Library, SHARES_GPUS};
 use serde_json::{Value, json};
 
 use crate::identity::cores;
@@ -41,7 +42,7 @@ pub fn run(args: Args) -> Result<()> {
         mpi(),
         about_driver(driver.as_deref()),
         gpus(driver.is_some()),
-        nccl(libtorch.as_deref(), driver.is_some()),
+        nccl(driver.is_some()),
     ];
     let text = match args.json {
         true => serde_json::to_string_pretty(&json(&findings))? + "\n",
@@ -211,14 +212,30 @@ fn model(gpu: fs::DirEntry) -> Option<String> {
     Some(information.lines().find_map(|line| line.strip_prefix("Model:"))?.trim().to_owned())
 }
 
-/// Looked for where PyTorch's wheels and the loader have it; not opened.
-fn nccl(libtorch: Option<&Path>, has_driver: bool) -> Finding {
-    let beside = libtorch.and_then(Path::parent).map(|site| site.join("nvidia/nccl/lib"));
-    let system = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/lib"].map(PathBuf::from);
-    let path =
-        beside.into_iter().chain(loader_path()).chain(system).map(|f| f.join("libnccl.so.2")).find(|p| p.exists());
-    let found = path.as_ref().map_or_else(|| "none".to_owned(), |path| path.display().to_string());
-    let mend = (has_driver && path.is_none())
-        .then(|| "no libnccl.so.2: .venv/bin/python -m pip install nvidia-nccl-cu13".to_owned());
-    Finding { name: "NCCL", found, mend, detail: json!({ "path": path }) }
+/// The one that libtorch's CUDA part has brought, or that would be opened.
+fn nccl(has_driver: bool) -> Finding {
+    const PIP: &str = ".venv/bin/python -m pip install 'nvidia-nccl-cu13>=2.30'";
+    let library = Library::open(None);
+    let (found, mend, version, path) = match &library {
+        Ok(library) => {
+            let mend = (library.version() < SHARES_GPUS && has_driver).then(|| {
+                format!(
+                    "several ranks on one GPU need NCCL {SHARES_GPUS} or later and NCCL_MULTI_RANK_GPU_ENABLE=1: {PIP}, \
+                     or name another libnccl.so.2 in LASP_NCCL; one rank a GPU works as it is"
+                )
+            });
+            let path = library.path();
+            (
+                format!("{}, {}", library.version(), path.display()),
+                mend,
+                Some(library.version().to_string()),
+                Some(path),
+            )
+        }
+        Err(error) => {
+            let mend = has_driver.then(|| format!("several ranks with GPUs need it ({error}): {PIP}"));
+            ("none".to_owned(), mend, None, None)
+        }
+    };
+    Finding { name: "NCCL", found, mend, detail: json!({ "version": version, "path": path }) }
 }

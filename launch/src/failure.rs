@@ -1,7 +1,7 @@
 //! Ends the whole job when one rank fails, by an error or a panic, quickly and with that rank's message alone.
 //!
-//! Under MPI the others would wait for ever, so the job is aborted; as threads they all end with this process. Ranks that
-//! fail because another one did stay quiet.
+//! Under MPI the others would wait for ever, so the job is aborted; over TCP they are told; as threads they all end with this
+//! process. Ranks that fail because another one did stay quiet.
 
 use std::cell::RefCell;
 use std::panic::PanicHookInfo;
@@ -98,7 +98,7 @@ fn stop(message: &str, speaks: bool) -> ! {
             tracing::debug!("the last operations of {who}:\n{tail}");
         }
     }
-    leave()
+    leave(message)
 }
 
 /// `rank 1`, of a thread named `rank 1 progress`.
@@ -108,7 +108,8 @@ fn helper_thread() -> Option<String> {
     Some(format!("rank {number}"))
 }
 
-fn leave() -> ! {
+fn leave(message: &str) -> ! {
+    collectives::tcp::abort(message);
     #[cfg(feature = "mpi")]
     if UNDER_MPI.load(Ordering::SeqCst) {
         collectives::mpi::abort(1);

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod attend;
+mod auto;
 mod bench;
 mod calibrate;
 mod compare;
@@ -13,6 +14,7 @@ mod doctor;
 mod failure;
 mod fault;
 mod generate;
+mod gpu;
 mod identity;
 mod job;
 mod output;
@@ -41,11 +43,13 @@ struct Cli {
 }
 
 const AFTER_HELP: &str = "\
-Ranks are processes (mpirun -n 4 lasp train ..) or threads of one (lasp train .. --ranks 4).
+Ranks are processes (mpirun -n 4 lasp train .., srun or torchrun) or threads of one (lasp train .. --ranks 4).
 
 Environment:
   LASP_LOG         stderr shows: error, warn, info (default), debug, trace
-  OMP_NUM_THREADS  libtorch threads of each rank; default: an equal share of the cores";
+  LASP_KERNELS     where compiled GPU kernels are kept; default: ~/.cache/lasp/kernels; empty: nowhere
+  OMP_NUM_THREADS  libtorch threads of each rank; default: an equal share of the cores
+  LASP_NCCL        the libnccl.so.2 to use; default: the one that comes with libtorch";
 
 #[derive(Subcommand)]
 enum Command {
@@ -71,6 +75,7 @@ fn main() {
     let cli = Cli::try_parse().unwrap_or_else(|error| quit(&launcher, &error));
     log();
     kernels::bridge::keep_freed_memory();
+    gpu::keep_kernels();
     if let Err(error) = run(cli.command, &launcher) {
         failure::end(&error);
     }

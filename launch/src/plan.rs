@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use runtime::config::Config;
+use runtime::config::{Config, DeviceKind};
 use runtime::estimate::{self, Estimate};
 
+use crate::auto;
 use crate::output::{self, bytes, count, grouped, table};
 use crate::train::wanted_ranks;
 
@@ -28,7 +29,9 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let mut config = Config::load(&args.config, &args.set)?;
     config.resolve_ranks(args.ranks.unwrap_or_else(|| wanted_ranks(&config)))?;
-    let estimate = estimate::estimate(&config)?;
+    let gpu = config.train.device == DeviceKind::Cuda;
+    auto::decide(&mut config, gpu)?;
+    let estimate = Estimate { traffic: estimate::busiest_traffic(&config)?, ..estimate::estimate(&config)? };
     let text = match args.json {
         true => serde_json::to_string_pretty(&estimate)? + "\n",
         false => show(&estimate),
@@ -56,7 +59,7 @@ fn show(e: &Estimate) -> String {
         format!("tensors of a rank\n{}", shapes(e)),
         format!("parameters\n{}", parameters(e)),
         format!("memory of a rank\n{}", memory(e)),
-        format!("messages of a rank in a step\n{}", traffic(e)),
+        format!("messages of the busiest rank of sp, {}, in a step\n{}", e.traffic.rank, traffic(e)),
         format!("operations (matrix products)\n{}", flops(e)),
     ];
     sections.join("\n")
@@ -111,18 +114,15 @@ fn memory(e: &Estimate) -> String {
 }
 
 fn traffic(e: &Estimate) -> String {
-    let note = match e.traffic.not_counted.as_slice() {
-        [] => String::new(),
-        methods => format!("  not counted: those of {}, only those of lasp2 and lasp2h are\n", methods.join(" and ")),
-    };
-    if e.traffic.messages.is_empty() && note.is_empty() {
+    if e.traffic.messages.is_empty() {
         return "  none\n".to_owned();
     }
     let mut rows = vec![row(&["in each of", "operation", "places", "messages", "sent", "received"])];
     rows.extend(e.traffic.messages.iter().map(|m| {
+        let op = if m.group == "node" { format!("{}, in the node", m.op) } else { m.op.to_owned() };
         row(&[
-            &format!("{}: {}", m.place, m.what),
-            m.op,
+            &format!("{}: {}{}", m.place, m.what, if m.at_most { ", at most" } else { "" }),
+            &op,
             &m.places.to_string(),
             &m.each.messages.to_string(),
             &bytes(m.each.bytes_sent as u64),
@@ -131,14 +131,14 @@ fn traffic(e: &Estimate) -> String {
     }));
     let total = &e.traffic.total;
     rows.push(row(&[
-        "total",
+        if e.traffic.at_most { "total, at most" } else { "total" },
         "",
         "",
         &total.messages.to_string(),
         &bytes(total.bytes_sent as u64),
         &bytes(total.bytes_received as u64),
     ]));
-    table("llrrrr", &rows) + &note
+    table("llrrrr", &rows)
 }
 
 fn flops(e: &Estimate) -> String {

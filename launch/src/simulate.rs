@@ -1,11 +1,13 @@
 //! `lasp simulate`: predicted step time, throughput and memory on machines that are not here, as a table or JSON lines; and the
 //! cost model held against what was published. The model is `benches::simulate`.
 
+use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use benches::simulate::against::{self, Compared};
 use benches::simulate::fit::{self, Fit};
-use benches::simulate::sweep::{self, Refused, in_k};
+use benches::simulate::sweep::{self, Groups, Refused, in_k};
 use benches::simulate::{Machine, Method, Prediction, report};
 use runtime::config::Config;
 use serde_json::json;
@@ -20,7 +22,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME|FILE", default_value = "h100-dgx")]
     machine: String,
     /// The configuration, TOML; its model, element type and layout count
-    #[arg(long, value_name = "CONFIG", required_unless_present_any = ["fit", "published"])]
+    #[arg(long, value_name = "CONFIG", required_unless_present_any = ["fit", "published", "against"])]
     model: Option<PathBuf>,
     /// Numbers of GPUs, doubled from the first to the last, or a list
     #[arg(long, value_name = "N..M", default_value = "8..1024")]
@@ -28,6 +30,12 @@ pub struct Args {
     /// Tokens of the sequence, likewise; K and M are 1024 and 1024^2
     #[arg(long, value_name = "N..M", default_value = "64K..4096K")]
     seq_lens: String,
+    /// Groups of GPUs, each with sequences of its own
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    dp: usize,
+    /// Sequences of a step, over all groups; a group takes its own one after another [default: one a group]
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
     /// A linear layer's method, a softmax layer's, or both, and a layout, as in lasp2,all_scan:blocks=8+ring@zigzag
     #[arg(long, value_name = "METHOD,..", value_delimiter = ',', default_value = "lasp2,lasp1,all_scan,hierarchical")]
     methods: Vec<String>,
@@ -40,13 +48,19 @@ pub struct Args {
     /// Fit the constants of the published machines anew, and print them
     #[arg(long, value_name = "WHAT", value_parser = ["published"], conflicts_with = "model")]
     fit: Option<String>,
+    /// Predict what lasp compare measured in operator mode, from its results.jsonl; the machine is one that lasp calibrate wrote
+    #[arg(long, value_name = "FILE,..", value_delimiter = ',', conflicts_with_all = ["model", "fit"])]
+    against: Vec<PathBuf>,
+    /// With --against: put the table into this Markdown file, in place of the last one
+    #[arg(long, value_name = "FILE", requires = "against")]
+    into: Option<PathBuf>,
     /// Write what was published beside what the model predicts, as Markdown
     #[arg(long, value_name = "FILE", conflicts_with = "model")]
     published: Option<PathBuf>,
 }
 
 const EXPLANATION: &str = "\
-A step is one sequence on all GPUs (batch 1, sp = gpus), forward, backward and update.
+A step is one sequence on all GPUs (or one of each group: --dp, --batch), forward, backward and update.
   exposed   what the step would be shorter by if communication took no time
   waited    time that GPUs stand still for others, communication and imbalance; mean
   received  by the exchanges of layers, of a GPU; mean
@@ -56,6 +70,9 @@ A step is one sequence on all GPUs (batch 1, sp = gpus), forward, backward and u
 docs/cost-model.md says how far off the model is.";
 
 pub fn run(args: Args) -> Result<()> {
+    if !args.against.is_empty() {
+        return against(&args);
+    }
     if args.fit.is_some() || args.published.is_some() {
         return published(&args);
     }
@@ -65,7 +82,8 @@ pub fn run(args: Args) -> Result<()> {
     let methods = args.methods.iter().map(|name| Method::parse(name)).collect::<Result<Vec<_>, _>>()?;
     let gpus = sweep::numbers("--gpus", &args.gpus)?;
     let seq_lens = sweep::numbers("--seq-lens", &args.seq_lens)?;
-    let points = sweep::sweep(&machine, &config, &methods, &gpus, &seq_lens);
+    let groups = Groups { dp: args.dp, batch: args.batch.unwrap_or(args.dp) };
+    let points = sweep::sweep(&machine, &config, &methods, &gpus, &seq_lens, groups);
     if let (true, Some(Err(refused))) = (points.iter().all(Result::is_err), points.first()) {
         bail!("{}: {}", refused.method, refused.reason);
     }
@@ -75,14 +93,53 @@ pub fn run(args: Args) -> Result<()> {
 fn published(args: &Args) -> Result<()> {
     let fits = fit::fit_published()?;
     if let Some(path) = &args.published {
-        let text = report::markdown(&fits)?;
-        std::fs::write(path, text).with_context(|| format!("cannot write {} (--published)", path.display()))?;
+        // What was measured here stays.
+        let measured = fs::read_to_string(path).unwrap_or_default();
+        let measured = measured.find(against::HEADING).map_or("", |at| &measured[at..]);
+        let text = report::markdown(&fits)? + "\n" + measured;
+        fs::write(path, text.trim_end().to_owned() + "\n")
+            .with_context(|| format!("cannot write {} (--published)", path.display()))?;
     }
     match (&args.fit, args.json) {
         (None, _) => Ok(()),
         (_, true) => output::print(&(serde_json::to_string(&fits)? + "\n")),
         (_, false) => output::print(&fits.iter().map(constants).collect::<String>()),
     }
+}
+
+fn against(args: &Args) -> Result<()> {
+    let machine = Machine::load(&args.machine)?;
+    let mut results = String::new();
+    for path in &args.against {
+        results += &fs::read_to_string(path).with_context(|| format!("cannot read {} (--against)", path.display()))?;
+    }
+    let rows = against::against(&machine, &results)?;
+    if let Some(path) = &args.into {
+        let before = fs::read_to_string(path).with_context(|| format!("cannot read {} (--into)", path.display()))?;
+        let before = before.find(against::HEADING).map_or(before.as_str(), |at| &before[..at]).trim_end();
+        let text = format!("{before}\n\n{}", against::markdown(&machine, &rows));
+        fs::write(path, text).with_context(|| format!("cannot write {} (--into)", path.display()))?;
+    }
+    if args.json {
+        let lines = rows.iter().map(|row| Ok(serde_json::to_string(row)? + "\n")).collect::<Result<String>>()?;
+        return output::print(&lines);
+    }
+    let [median, largest] = against::errors(&rows).map(|error| 100.0 * error);
+    let rows_of = std::iter::once(AGAINST.map(str::to_owned).to_vec()).chain(rows.iter().map(compared));
+    let text = table("lrrrrrrrr", &rows_of.collect::<Vec<_>>());
+    output::print(&format!("{text}{} rows: median error {median:.1} %, largest {largest:.1} %\n", rows.len()))
+}
+
+const AGAINST: [&str; 9] =
+    ["method", "ranks", "tokens", "forward", "predicted", "backward", "predicted", "step", "predicted"];
+
+fn compared(row: &Compared) -> Vec<String> {
+    let ms = |ms: f64| format!("{ms:.1} ms");
+    let [forward, backward, step] = row.measured_ms.map(ms);
+    let [f, b, s] = row.predicted_ms.map(ms);
+    let s = format!("{s} ({:+.1} %)", 100.0 * row.error);
+    let (ranks, tokens) = (row.ranks.to_string(), row.tokens.to_string());
+    vec![row.method.clone(), ranks, tokens, forward, f, backward, b, step, s]
 }
 
 fn constants(fit: &Fit) -> String {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use collectives::Group;
@@ -10,7 +11,7 @@ use runtime::train;
 use tch::Tensor;
 
 use crate::identity::Launcher;
-use crate::job;
+use crate::{auto, gpu, job};
 
 /// Train a model: on the processes of mpirun, or on ranks as threads.
 #[derive(clap::Args)]
@@ -30,9 +31,13 @@ pub struct Args {
     /// Go on from the newest checkpoint of the run folder
     #[arg(long)]
     resume: bool,
+    /// Record the third and fourth step to trace-RANK.json in the run folder, for Chrome's or Perfetto's trace viewer
+    #[arg(long)]
+    trace: bool,
 }
 
 pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
+    let started = Instant::now();
     let config = Config::load(&args.config, &args.set)?;
     let ranks = match launcher.joins_processes()? {
         true => args.ranks,
@@ -41,9 +46,12 @@ pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
     job::on_ranks(launcher, ranks, |world| {
         let mut config = config.clone();
         config.resolve_ranks(world.size())?;
-        let run_dir = agree_on_run_dir(&args, world)?;
-        let options = train::Options { resume: args.resume, console: world.rank() == 0 };
-        train::run(world.clone(), config, &run_dir, options)?;
+        let (world, device) = gpu::place(config.train.device, launcher, world)?;
+        auto::agree(&mut config, &world, device.is_cuda())?;
+        let run_dir = agree_on_run_dir(&args, &world)?;
+        let console = world.rank() == 0;
+        let options = train::Options { resume: args.resume, console, trace: args.trace, device, started };
+        train::run(world, config, &run_dir, options)?;
         Ok(())
     })
 }

@@ -18,6 +18,8 @@ use tempfile::TempDir;
 type Tensors = Vec<(String, Tensor)>;
 
 const CU: [i64; 6] = [0, 3, 43, 43, 44, 67];
+/// Documents that are shorter than any number of ranks.
+const SHORT: [i64; 6] = [0, 1, 1, 3, 4, 6];
 const SCALE: f64 = 0.7;
 
 fn kind_of(dtype: &str) -> Kind {
@@ -83,6 +85,8 @@ fn compare(folder: &Folder, name: &str, dtype: &str, expected: &[(&str, &Tensor)
 struct Linear {
     decay: &'static str,
     packed: bool,
+    /// Boundaries of the packed documents; one that is not packed has as many tokens.
+    cu: [i64; 6],
     initial: bool,
     causal: bool,
     layout: &'static str,
@@ -92,7 +96,7 @@ struct Linear {
 }
 
 fn check_linear(case: Linear) {
-    let (b, t, h, dk, dv) = (if case.packed { 1 } else { 2 }, 67, 3, 6, 5);
+    let (b, t, h, dk, dv) = (if case.packed { 1 } else { 2 }, case.cu[5], 3, 6, 5);
     let kind = kind_of(case.dtype);
     // As the program will see them.
     let rounded = |x: Tensor| x.to_kind(kind).to_kind(Kind::Double);
@@ -106,7 +110,7 @@ fn check_linear(case: Linear) {
         "channel" => decay(&[b, t, h, dk]),
         _ => None,
     };
-    let states = if case.packed { CU.len() as i64 - 1 } else { b };
+    let states = if case.packed { case.cu.len() as i64 - 1 } else { b };
     let initial = case.initial.then(|| make(5, &[states, h, dk, dv]));
     let mut tensors: Tensors = vec![];
     let mut put = |name: &str, x: &Tensor| tensors.push((name.to_owned(), x.shallow_clone()));
@@ -116,7 +120,7 @@ fn check_linear(case: Linear) {
     log_decay.iter().for_each(|x| put("log_decay", x));
     initial.iter().for_each(|x| put("initial_state", x));
     if case.packed {
-        let cu = Tensor::from_slice(&CU);
+        let cu = Tensor::from_slice(&case.cu);
         put("cu_seqlens", &if case.layout == "zigzag" { cu.to_kind(Kind::Int) } else { cu });
     }
     let folder = Folder::new();
@@ -136,7 +140,7 @@ fn check_linear(case: Linear) {
     let inputs = Inputs::new(&q, &k, &v, log_decay.as_ref()).unwrap();
     let whole = Whole {
         inputs: &inputs,
-        cu_seqlens: case.packed.then_some(&CU[..]),
+        cu_seqlens: case.packed.then_some(&case.cu[..]),
         initial_state: initial.as_ref(),
         causal: case.causal,
         scale: SCALE,
@@ -151,12 +155,16 @@ fn check_linear(case: Linear) {
         ("dinitial_state", &grads.dinitial_state),
     ];
     expected.extend(grads.dlog_decay.as_ref().map(|dg| ("dlog_decay", dg)));
+    if method::left_product(case.method).is_some() {
+        expected.retain(|(name, _)| !name.ends_with("state"));
+    }
     compare(&folder, &format!("{case:?}"), case.dtype, &expected);
 }
 
 const LINEAR: Linear = Linear {
     decay: "none",
     packed: true,
+    cu: CU,
     initial: true,
     causal: true,
     layout: "zigzag",
@@ -178,6 +186,12 @@ fn linear_with_every_decay() {
 fn linear_by_every_method() {
     for method in method::SCANS.iter().copied().chain(["lasp2:splits=3", "all_scan:blocks=2", "hierarchical:node=2"]) {
         check_linear(Linear { method, decay: "channel", ranks: Ranks::Threads(4), ..LINEAR });
+    }
+    for (method, decay) in method::LEFT_PRODUCTS.iter().flat_map(|&method| [(method, "none"), (method, "head")]) {
+        check_linear(Linear { method, decay, initial: false, ranks: Ranks::Threads(4), ..LINEAR });
+        let whole = Linear { method, decay, packed: false, initial: false, layout: "contiguous", ..LINEAR };
+        check_linear(Linear { ranks: Ranks::Threads(5), ..whole });
+        check_linear(Linear { dtype: "bf16", ranks: Ranks::Threads(2), ..whole });
     }
 }
 
@@ -208,20 +222,44 @@ fn linear_under_mpirun() {
     }
 }
 
-fn check_softmax(packed: bool, kv_heads: i64, causal: bool, layout: &str, dtype: &str, ranks: Ranks) {
-    let (b, t, h, dk, dv) = (if packed { 1 } else { 2 }, 67, 4, 8, 6);
+#[derive(Clone, Copy, Debug)]
+struct Softmax {
+    packed: bool,
+    cu: [i64; 6],
+    kv_heads: i64,
+    causal: bool,
+    layout: &'static str,
+    dtype: &'static str,
+    method: &'static str,
+    ranks: Ranks,
+}
+
+const SOFTMAX: Softmax = Softmax {
+    packed: true,
+    cu: CU,
+    kv_heads: 2,
+    causal: true,
+    layout: "zigzag",
+    dtype: "f64",
+    method: "lasp2h",
+    ranks: Ranks::Threads(3),
+};
+
+fn check_softmax(case: Softmax) {
+    let Softmax { packed, cu, kv_heads, causal, layout, dtype, method, ranks } = case;
+    let (b, t, h, dk, dv) = (if packed { 1 } else { 2 }, cu[5], 4, 8, 6);
     let make = |seed, shape: &[i64]| randn(seed, shape).to_kind(kind_of(dtype)).to_kind(Kind::Double);
     let (q, k, v) = (make(1, &[b, t, h, dk]), make(2, &[b, t, kv_heads, dk]), make(3, &[b, t, kv_heads, dv]));
     let d_o = make(4, &[b, t, h, dv]);
     let mut tensors: Tensors =
         [("q", &q), ("k", &k), ("v", &v), ("do", &d_o)].map(|(name, x)| (name.to_owned(), x.shallow_clone())).into();
-    let documents: &[i64] = if packed { &CU } else { &[0, t] };
+    let documents: &[i64] = if packed { &cu } else { &[0, t] };
     if packed {
-        tensors.push(("cu_seqlens".to_owned(), Tensor::from_slice(&CU)));
+        tensors.push(("cu_seqlens".to_owned(), Tensor::from_slice(&cu)));
     }
     let folder = Folder::new();
     let mask = if causal { "causal" } else { "full" };
-    let args = ["--mixer", "softmax", "--layout", layout, "--mask", mask, "--dtype", dtype];
+    let args = ["--mixer", "softmax", "--method", method, "--layout", layout, "--mask", mask, "--dtype", dtype];
     folder.attend(&tensors, ranks, &args).succeeds();
 
     let tiles: Vec<Tile> = documents
@@ -232,22 +270,28 @@ fn check_softmax(packed: bool, kv_heads: i64, causal: bool, layout: &str, dtype:
     let scale = 1.0 / (dk as f64).sqrt();
     let (o, lse) = softmax::forward(&q, &k, &v, &tiles, scale).unwrap();
     let (dq, dk, dv) = softmax::backward(&q, &k, &v, &o, &lse, &d_o, &tiles, scale).unwrap();
-    let name = format!("softmax, packed {packed}, {kv_heads} KV heads, {mask}, {layout}, {dtype}, {ranks:?}");
-    compare(&folder, &name, dtype, &[("o", &o), ("dq", &dq), ("dk", &dk), ("dv", &dv)]);
+    compare(&folder, &format!("{case:?}"), dtype, &[("o", &o), ("dq", &dq), ("dk", &dk), ("dv", &dv)]);
 }
 
 #[test]
 fn softmax_with_grouped_heads() {
     for packed in [false, true] {
         for (kv_heads, causal, layout) in [(4, true, "contiguous"), (2, true, "zigzag"), (1, false, "zigzag")] {
-            check_softmax(packed, kv_heads, causal, layout, "f64", Ranks::Threads(3));
+            check_softmax(Softmax { packed, kv_heads, causal, layout, ..SOFTMAX });
         }
     }
     for dtype in ["f32", "bf16"] {
-        check_softmax(true, 2, true, "zigzag", dtype, Ranks::Threads(3));
+        check_softmax(Softmax { dtype, ..SOFTMAX });
     }
     if mpi() {
-        check_softmax(true, 2, true, "zigzag", "f64", Ranks::Mpi(2));
+        check_softmax(Softmax { ranks: Ranks::Mpi(2), ..SOFTMAX });
+    }
+}
+
+#[test]
+fn softmax_by_every_method() {
+    for (i, &method) in method::ATTENTIONS.iter().enumerate() {
+        check_softmax(Softmax { method, layout: ["zigzag", "contiguous"][i % 2], ranks: Ranks::Threads(4), ..SOFTMAX });
     }
 }
 
@@ -378,6 +422,18 @@ fn refuses_what_does_not_go_together() {
         &AS_SOFTMAX,
         &["tensor initial_state", "--mixer softmax"],
     );
+    for method in method::LEFT_PRODUCTS {
+        let args = ["--mixer", "linear", "--method", method];
+        let gates = with(&[("log_decay", -randn(9, &[1, 9, 2]).abs())]);
+        refused(&gates, &args, &["tensor log_decay", "[1, 9, 2]", "[H] = [2]", method, "--method lasp2"]);
+        let state = with(&[("initial_state", randn(9, &[1, 2, 4, 4]))]);
+        refused(&state, &args, &["tensor initial_state", method, "--method lasp2"]);
+        refused(
+            &good(),
+            &[&args[..], &["--mask", "full"]].concat(),
+            &["--method", method, "--mask full", "--mask causal"],
+        );
+    }
     refused(&good(), &["--mixer", "linear", "--method", "lasp2h"], &["--method", "lasp2h", "linear", "lasp2"]);
     refused(&good(), &["--mixer", "softmax", "--method", "lasp2"], &["--method", "softmax", "lasp2h"]);
     refused(&good(), &["--mixer", "linear", "--chunk", "48"], &["chunk", "48", "power of two"]);
@@ -420,19 +476,50 @@ fn files_and_folders_that_are_not_there() {
     assert_eq!(results.keys().collect::<Vec<_>>(), ["final_state", "o"]);
 }
 
-/// Fewer tokens than ranks, and than segments.
+/// Fewer tokens than ranks, documents of one and two tokens, and nodes whose size does not divide the ranks: every method
+/// gives the right results, and none waits for ever.
 #[test]
-fn short_sequences() {
-    for ranks in [1, 3, 5] {
-        let x = |seed| randn(seed, &[1, 2, 2, 4]);
-        let tensors = with(&[("q", x(1)), ("k", x(2)), ("v", x(3)), ("do", x(4))]);
-        for mixer in ["linear", "softmax"] {
-            let folder = Folder::new();
-            let args = ["--mixer", mixer, "--layout", "zigzag", "--dtype", "f64"];
-            folder.attend(&tensors, Ranks::Threads(ranks), &args).succeeds();
-            let o = folder.results().remove("o").unwrap();
-            assert_eq!(o.size(), [1, 2, 2, 4]);
-            assert!(o.isfinite().all().int64_value(&[]) == 1);
-        }
+fn short_sequences_by_every_linear_method() {
+    let scans = method::SCANS.iter().copied().chain(["lasp2:truncate", "hierarchical:node=2", "hierarchical:node=3"]);
+    let cases = scans.map(|method| (method, "token", true));
+    let products = method::LEFT_PRODUCTS.iter().map(|&method| (method, "head", false));
+    for (i, (method, decay, initial)) in cases.chain(products).enumerate() {
+        let layout = ["zigzag", "contiguous"][i % 2];
+        let case = Linear { method, decay, initial, cu: SHORT, layout, ranks: Ranks::Threads(7), ..LINEAR };
+        check_linear(case);
+        check_linear(Linear { packed: false, ranks: Ranks::Threads(8), ..case });
+    }
+}
+
+#[test]
+fn short_sequences_by_every_softmax_method() {
+    for (i, &method) in method::ATTENTIONS.iter().enumerate() {
+        let layout = ["zigzag", "contiguous"][i % 2];
+        let (more, many) = if method == "ulysses" { (4, 4) } else { (7, 8) };
+        let case = Softmax { method, cu: SHORT, layout, ranks: Ranks::Threads(more), ..SOFTMAX };
+        check_softmax(case);
+        let two = [0, 0, 0, 1, 2, 2];
+        check_softmax(Softmax { packed: false, cu: two, ranks: Ranks::Threads(many), ..case });
+    }
+    if mpi() {
+        let ring = Softmax { method: "ring", cu: SHORT, ranks: Ranks::Mpi(7), ..SOFTMAX };
+        check_softmax(ring);
+        check_linear(Linear {
+            method: "hierarchical:node=2",
+            decay: "channel",
+            cu: SHORT,
+            ranks: Ranks::Mpi(7),
+            ..LINEAR
+        });
+    }
+}
+
+#[test]
+fn ulysses_says_which_numbers_of_ranks_it_takes() {
+    let args = [&AS_SOFTMAX[..], &["--method", "ulysses"]].concat();
+    let words = ["--ranks 3: ulysses", "2 heads, sp = 3", "use lasp2h, or one of 1, 2"];
+    refused_on(&good(), Ranks::Threads(3), &args, &words);
+    if mpi() {
+        refused_on(&good(), Ranks::Mpi(3), &args, &words);
     }
 }

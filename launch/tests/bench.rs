@@ -85,7 +85,7 @@ fn processes_are_timed_and_have_no_emulated_network() {
     assert_eq!(text.lines().filter(|line| line.contains("\"backend\":\"mpi\"")).count(), 5, "{text}");
     let network = "--network node=4,intra=2us/100GB/s,inter=20us/10GB/s";
     let output = mpirun(2, network).unwrap();
-    fails(&output, "under an MPI launcher, whose processes have a network of their own");
+    fails(&output, "under a launcher, whose processes have a network of their own");
 }
 
 #[test]

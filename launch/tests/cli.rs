@@ -100,15 +100,48 @@ fn help_and_usage() {
     }
 }
 
-#[test]
-fn torchrun_is_told_what_to_use() {
+/// The program as torchrun starts it.
+fn under_torchrun(rank: usize, size: usize, port: u16) -> Command {
     let mut command = Command::new(PROGRAM);
-    command.args(["fault", "--rank", "0", "--kind", "none"]);
-    for (name, value) in [("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")] {
-        command.env(name, value);
+    let numbers = [("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", rank), ("MASTER_PORT", port.into())];
+    command.env("MASTER_ADDR", "localhost").env("OMP_NUM_THREADS", "1");
+    command.envs(numbers.map(|(name, number)| (name, number.to_string())));
+    command
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("localhost:0").expect("a port");
+    listener.local_addr().expect("a port").port().min(65000)
+}
+
+#[test]
+fn processes_of_torchrun_find_each_other() {
+    let jobs = |kind: &'static str, rank: usize, size: usize| {
+        let port = free_port();
+        let job = move |who: usize| {
+            let mut command = under_torchrun(who, size, port);
+            run(command.args(["fault", "--kind", kind, "--rank", &rank.to_string()]))
+        };
+        let started: Vec<_> = (0..size).map(|who| std::thread::spawn(move || job(who))).collect();
+        started.into_iter().map(|job| job.join().expect("it ran")).collect::<Vec<_>>()
+    };
+    jobs("none", 0, 3).into_iter().for_each(|ran| drop(ran.succeeds()));
+    jobs("none", 0, 1).into_iter().for_each(|ran| drop(ran.succeeds()));
+    for (kind, why) in [("error", "rank 1: a fault was asked for"), ("panic", "a fault was asked for")] {
+        let ran: Vec<_> = jobs(kind, 1, 3).into_iter().map(|ran| ran.fails_with(&[])).collect();
+        let said: Vec<_> = ran.iter().map(|ran| ran.err.lines().count()).collect();
+        assert!(ran[1].err.contains(why) && said == [0, 1, 0], "{said:?} lines:\n{}", ran[1].err);
+        assert!(ran.iter().all(|ran| ran.since_first_line < std::time::Duration::from_secs(5)));
     }
-    run(&mut command).fails_with(&["torchrun", "WORLD_SIZE = 2", "mpirun -n 2 lasp"]);
-    run(command.env("WORLD_SIZE", "1")).succeeds();
+    let ran = jobs("mismatch", 1, 2);
+    assert!(ran.iter().all(|ran| !ran.ok) && ran[0].err.contains("shapes differ"), "{}", ran[0].err);
+    run(under_torchrun(0, 2, free_port()).args([
+        "bench",
+        "collectives",
+        "--network",
+        "node=1,intra=1us/1GB/s,inter=1us/1GB/s",
+    ]))
+    .fails_with(&["--network", "launcher"]);
 }
 
 #[test]
@@ -134,6 +167,11 @@ fn plan_and_doctor_say_what_they_found() {
     let (_folder, config) = tiny();
     let ran = lasp(&["plan", &config, "--ranks", "4", "--set", "parallel.layout=zigzag"]).succeeds();
     for word in ["sp 4 x dp 1, zigzag", "parameters", "memory of a rank", "all_gather", "operations"] {
+        assert!(ran.out.contains(word), "expected {word:?} in:\n{}", ran.out);
+    }
+    let methods = ["--set", "parallel.linear_method=lasp2:truncate", "--set", "parallel.softmax_method=ring"];
+    let ran = lasp(&[&["plan", &config, "--ranks", "4"], &methods[..]].concat()).succeeds();
+    for word in ["linear layer: forward, at most", "softmax layer: backward", "total, at most", "send", "recv"] {
         assert!(ran.out.contains(word), "expected {word:?} in:\n{}", ran.out);
     }
     let ran = lasp(&["plan", &config, "--ranks", "4", "--json"]).succeeds();

@@ -42,12 +42,18 @@ pub struct Options {
     pub seed: u64,
 }
 
-/// Continues `prompt` with the newest checkpoint of `run_dir`; `on_bytes` gets each token as it is there.
-pub fn run(run_dir: &Path, prompt: &[u8], options: Options, on_bytes: &mut dyn FnMut(&[u8])) -> Result<()> {
+/// Continues `prompt` with the newest checkpoint of `run_dir`, on `device`; `on_bytes` gets each token as it is there.
+pub fn run(
+    run_dir: &Path,
+    device: Device,
+    prompt: &[u8],
+    options: Options,
+    on_bytes: &mut dyn FnMut(&[u8]),
+) -> Result<()> {
     let path = checkpoint::latest(run_dir)?.ok_or_else(|| Error::NoCheckpoint(run_dir.to_owned()))?;
     let loaded = checkpoint::load(&path, Device::Cpu)?;
     let config = Config::from_toml_str(&loaded.state.config_toml, "the checkpoint's config", &[])?;
-    let model = Model::new(&config.model, config.train.dtype.kind(), 0, Device::Cpu)?;
+    let model = Model::new(&config.model, config.train.dtype.kind(), 0, device)?;
     model.params.fill(&model.params.flat, |name| loaded.model.get(name).map(Tensor::shallow_clone))?;
     sample(&model, prompt, options, on_bytes)
 }
@@ -86,8 +92,9 @@ impl<'a> Decoder<'a> {
     /// Takes more tokens (at least one) and gives the logits `[vocab]` of the next, f64.
     pub fn feed(&mut self, tokens: &[i64]) -> Result<Tensor> {
         let mut last = Tensor::new();
+        let device = self.model.params.flat.device();
         for chunk in tokens.chunks(PREFILL) {
-            let hidden = self.model.decode(&Tensor::f_from_slice(chunk)?.f_unsqueeze(0)?, &mut self.caches)?;
+            let hidden = self.model.decode(&Tensor::f_from_slice(chunk)?.f_unsqueeze(0)?.f_to_device(device)?, &mut self.caches)?;
             last = hidden.f_select(1, chunk.len() as i64 - 1)?;
         }
         Ok(self.model.logits(&last)?.f_select(0, 0)?.f_to_kind(Kind::Double)?)

@@ -144,7 +144,6 @@ fn broken_rules_name_the_knob_and_the_numbers() {
         ("optimizer.min_lr=1", "between 0 and optimizer.lr = 0.003"),
         ("optimizer.beta2=1", "below 1"),
         ("data.validation_fraction=1", "below 1"),
-        ("checkpoint.keep=0", "at least 1"),
         ("sample.temperature=-1", "zero"),
     ];
     for (text, expected) in cases {

@@ -16,6 +16,8 @@ fn record(step: u64) -> StepRecord {
         exposed_comm_pct: 1.25,
         step_ms: 98.7,
         val_loss: step.is_multiple_of(2).then_some(2.5),
+        mfu: None,
+        peak_bytes: step.is_multiple_of(2).then_some(1 << 40),
     }
 }
 

@@ -27,6 +27,8 @@ fn simulate(run: &Path, steps: u64) {
             exposed_comm_pct: 3.1 + 0.8 * noise(step, 3),
             step_ms: 16_384.0 / 18.2,
             val_loss: (step % (steps / 8).max(1) == 0).then_some(loss + 0.07),
+            mfu: None,
+            peak_bytes: None,
         })
         .unwrap();
     }

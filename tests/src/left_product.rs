@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Result;
 use collectives::{Group, Reduce};
-use kernels::linear::Inputs;
 use kernels::linear::chunkwise::Chunkwise;
 use kernels::linear::oracle::Whole;
+use kernels::linear::{Inputs, StateMixer};
 use kernels::testing::assert_close;
 use runtime::config::LayoutKind;
 use runtime::sequence::left_product::LeftProduct;
@@ -112,7 +112,7 @@ impl LeftProductCase {
             assert_close(&name("dlog_decay"), &sum, &truth[4], tolerance);
         }
 
-        let mixer = Arc::new(Chunkwise::new(16, SCALE)?);
+        let mixer: Arc<dyn StateMixer> = Arc::new(Chunkwise::new(16, SCALE)?);
         let (q, k, v, g) = (leaf(&q), leaf(&k), leaf(&v), decay.as_ref().map(leaf));
         let o = linear_attention(&shard, &mixer, &q, &k, &v, g.as_ref())?;
         kernels::bridge::backward(&o, &d_o)?;

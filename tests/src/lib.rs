@@ -1,25 +1,32 @@
 //! The parity list of algorithms.md, section 7: one operator on one sharded sequence, every rank's outputs and gradients
 //! against the f64 oracle over the whole sequence. The back ends run the same list.
 
+pub mod determinism;
 mod left_product;
 mod linear;
 pub mod mpirun;
 pub mod overlap;
 mod softmax;
+mod textbook;
 pub mod training;
+
+use std::collections::BTreeMap;
 
 use anyhow::Result;
 use collectives::Group;
 use kernels::testing::{assert_close_at, rms};
 use runtime::config::LayoutKind;
-use runtime::sequence::{Bytes, Layout, Plan};
+use runtime::sequence::{Count, Layout, Messages, Plan};
 use tch::{Device, Kind, Tensor};
 
 pub use left_product::{LeftProductCase, left_product_cases};
-pub use linear::{LinearCase, Scans, linear_cases, scans};
+pub use linear::{LinearCase, Scans, bf16_linear_cases, linear_cases, scans};
 pub use softmax::{SoftmaxCase, softmax_cases};
 
 pub const LAYOUTS: [LayoutKind; 2] = [LayoutKind::Contiguous, LayoutKind::Zigzag];
+
+/// Tensors by name.
+type Results = BTreeMap<&'static str, Tensor>;
 
 /// Sizes of one case. `documents`: lengths of the packed documents, or none for one sequence.
 #[derive(Clone, Debug)]
@@ -88,10 +95,24 @@ pub fn plan(group: &Group, sizes: &Sizes, layout: LayoutKind) -> Result<Plan> {
     Ok(Plan::new(layout, sizes.cu_seqlens().as_deref(), group.rank())?)
 }
 
-/// What this rank has sent and received since its recorder was cleared.
-pub fn moved(group: &Group) -> Bytes {
-    let totals = group.recorder().totals();
-    Bytes { sent: totals.bytes_sent, received: totals.bytes_received }
+/// What this rank has sent and received since its recorder was cleared; `group` is called sp, as in a mesh.
+pub fn moved(group: &Group) -> Messages {
+    let mut messages = Messages::default();
+    for ((name, op), totals) in group.recorder().totals_by_op() {
+        let name = if &*name == group.name() { "sp" } else { "node" };
+        messages.count_on(name, op, totals.messages, totals.bytes_sent, totals.bytes_received);
+    }
+    messages
+}
+
+/// Whether what was moved is what the formula says, `at_most` or exactly.
+pub fn fits(moved: &Messages, formula: &Messages, at_most: bool) -> bool {
+    let most = |key| formula.iter().find(|(other, _)| *other == key).map(|(_, count)| count).unwrap_or_default();
+    let within = |((group, op), count): ((&'static str, &'static str), Count)| {
+        let (most, bytes) = (most((group, op)), count.bytes);
+        count.messages <= most.messages && bytes.sent <= most.bytes.sent && bytes.received <= most.bytes.received
+    };
+    if at_most { moved.iter().all(within) } else { moved == formula }
 }
 
 /// Compares this rank's tokens with those of the whole. A share that is zero but for rounding is held against a hundredth of

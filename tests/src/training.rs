@@ -22,7 +22,7 @@ pub fn train(run_dir: &Path, mut config: Config, ranks: usize) -> Result<Vec<Ste
     tch::set_num_threads(1);
     config.resolve_ranks(ranks)?;
     local::run(ranks, |world| -> Result<()> {
-        run(world, config.clone(), run_dir, Options { resume: false, console: false })?;
+        run(world, config.clone(), run_dir, Options::default())?;
         Ok(())
     })?;
     Ok(metrics::read(run_dir)?)

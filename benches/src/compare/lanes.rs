@@ -79,11 +79,7 @@ pub(super) fn read(recorder: &Recorder, start: u64, end: u64) -> (Counts, Phase)
     phase.computing = recorder
         .compute_spans()
         .into_iter()
-        .map(|span| Span {
-            name: span.name.to_owned(),
-            start_ns: since(span.started_ns),
-            end_ns: since(span.ended_ns),
-        })
+        .map(|span| Span { name: span.name.to_owned(), start_ns: since(span.started_ns), end_ns: since(span.ended_ns) })
         .collect();
     (counts, phase)
 }

@@ -112,15 +112,15 @@ fn step(world: &Group, work: &mut dyn Work) -> Result<Vec<(Counts, Phase)>> {
 fn check(name: &str, phases: &[&str], world: &Group, expected: &[Expected], counted: &[(Counts, Phase)]) -> Result<()> {
     for ((phase, expected), (counts, _)) in phases.iter().zip(expected).zip(counted) {
         let most = if expected.bound == Bound::AtMost { "at most " } else { "" };
-        let sent = expected.sent.map_or_else(String::new, |sent| format!(" and {sent} bytes sent"));
         ensure!(
             expected.allows(counts.method_received, counts.method_sent),
             "{name}: rank {} counted {} bytes received and {} bytes sent in {phase}, its formula says {most}{} bytes \
-             received{sent} (runtime::sequence, Scan::received and traffic); so there are no figures",
+             received and {} bytes sent (runtime::sequence, traffic); so there are no figures",
             world.rank(),
             counts.method_received,
             counts.method_sent,
-            expected.received
+            expected.received,
+            expected.sent
         );
     }
     Ok(())

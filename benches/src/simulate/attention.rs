@@ -191,7 +191,7 @@ mod tests {
         if free {
             machine = without_network(machine);
         }
-        let work = Workload { config: &config, gpus, seq_len: 65536 * gpus };
+        let work = Workload::one(&config, gpus, 65536 * gpus);
         attention_share(&machine, &Method::parse(method).unwrap(), &work).unwrap()
     }
 
@@ -226,7 +226,7 @@ mod tests {
     fn ulysses_needs_heads_that_the_ranks_divide() {
         let config = Config::from_toml_str(MODEL, "test", &[]).unwrap();
         let (machine, method) = (Machine::load("h100-dgx").unwrap(), Method::parse("ulysses").unwrap());
-        let work = Workload { config: &config, gpus: 32, seq_len: 65536 };
+        let work = Workload::one(&config, 32, 65536);
         let error = step_seconds(&machine, &method, &work).unwrap_err().to_string();
         assert!(error.contains("16 heads, 32 GPUs"), "{error}");
     }

@@ -33,6 +33,8 @@ pub struct Costs<'a> {
     pub whole: f64,
     pub tokens: f64,
     pub ranks: usize,
+    /// Ranks of all groups.
+    pub world: usize,
     pub layout: LayoutKind,
     pub slots: f64,
     /// D = H K.
@@ -65,6 +67,7 @@ impl<'a> Costs<'a> {
             whole: work.seq_len as f64,
             tokens: work.seq_len as f64 / work.gpus as f64,
             ranks: work.gpus,
+            world: work.world(),
             layout,
             slots: if layout == LayoutKind::Zigzag { 2.0 } else { 1.0 },
             dim: model.dim as f64,
@@ -95,6 +98,10 @@ impl<'a> Costs<'a> {
         let part = |parameters: f64| products * self.products(2.0 * parameters * self.tokens) + passes * around;
         let launch = self.machine.overhead.layer_us * 1e-6;
         [part(mixer - output) + launch, part(output + mlp)]
+    }
+
+    pub fn machine(&self) -> &Machine {
+        self.machine
     }
 
     fn mixer_parameters(&self, kind: LayerKind) -> f64 {
@@ -205,7 +212,7 @@ impl<'a> Costs<'a> {
 
     /// AdamW: all that a parameter has is read and written.
     pub fn optimizer(&self, bytes: f64) -> f64 {
-        self.bytes(2.0 * bytes)
+        self.bytes(2.0 * bytes) / self.machine.memory.optimizer_efficiency
     }
 
     fn products(&self, operations: f64) -> f64 {

@@ -10,6 +10,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use super::host::Host;
 use super::{Error, Result};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,6 +23,9 @@ pub struct Machine {
     pub network: Network,
     pub overhead: Overhead,
     pub training: Training,
+    /// Where ranks are threads or processes that share cores: what was measured there. None where each has a GPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<Host>,
 }
 
 /// What one GPU computes.
@@ -47,6 +51,8 @@ pub struct Compute {
 pub struct Memory {
     /// What a copy reaches, read and written.
     pub bandwidth_gbps: f64,
+    /// What AdamW reaches of it, were what a parameter has read and written once.
+    pub optimizer_efficiency: f64,
     pub capacity_gb: f64,
     /// Held by libraries.
     pub reserved_gb: f64,
@@ -130,6 +136,7 @@ const PRESETS: &[(&str, &str)] = &[
     ("a100-dgx", include_str!("machines/a100-dgx.toml")),
     ("h100-dgx", include_str!("machines/h100-dgx.toml")),
     ("h200-dgx", include_str!("machines/h200-dgx.toml")),
+    ("epyc-2core", include_str!("machines/epyc-2core.toml")),
     ("lasp2-paper", include_str!("machines/lasp2-paper.toml")),
     ("zeco-paper", include_str!("machines/zeco-paper.toml")),
     ("h800", include_str!("machines/h800.toml")),
@@ -186,6 +193,7 @@ impl Machine {
             ("compute.softmax_efficiency", compute.softmax_efficiency),
             ("compute.left_product_efficiency", compute.left_product_efficiency),
             ("memory.bandwidth_gbps", memory.bandwidth_gbps),
+            ("memory.optimizer_efficiency", memory.optimizer_efficiency),
             ("memory.capacity_gb", memory.capacity_gb),
             ("network.intra_gbps", network.intra_gbps),
             ("network.inter_gbps", network.inter_gbps),
@@ -219,7 +227,7 @@ impl Machine {
                 return Err(format!("{key}: found {found}, expected a number of at least 0"));
             }
         }
-        Ok(())
+        self.host.as_ref().map_or(Ok(()), Host::check)
     }
 }
 

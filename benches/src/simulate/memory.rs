@@ -37,7 +37,7 @@ pub fn parameter_bytes(machine: &Machine, gpus: usize) -> [f64; 3] {
 
 pub fn count(machine: &Machine, costs: &Costs, method: &Method, estimate: &Estimate) -> MemoryUse {
     let training = &machine.training;
-    let [weights, gradients, optimizer] = parameter_bytes(machine, costs.ranks).map(|bytes| bytes * costs.parameters());
+    let [weights, gradients, optimizer] = parameter_bytes(machine, costs.world).map(|bytes| bytes * costs.parameters());
     let kept = &estimate.memory.activations;
     let kept = if kept.checkpointing { kept.with_checkpointing } else { kept.without_checkpointing };
     let logits = match training.logit_bytes {

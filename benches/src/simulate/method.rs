@@ -3,6 +3,7 @@
 //! LASP-2, LASP-2H, and the configuration's layout.
 
 use runtime::config::LayoutKind;
+use runtime::sequence::scan::AllScan;
 
 use super::{Error, Result};
 
@@ -119,7 +120,7 @@ fn linear(part: &str) -> Option<(Linear, bool)> {
         "none" => plain(Linear::None),
         "lasp2" => setting("splits", 1).map(|splits| Linear::Lasp2 { splits }),
         "lasp1" => plain(Linear::Lasp1),
-        "all_scan" => setting("blocks", 16).map(|blocks| Linear::AllScan { blocks }),
+        "all_scan" => setting("blocks", AllScan::default().blocks).map(|blocks| Linear::AllScan { blocks }),
         "hierarchical" => setting("node", 8).map(|node| Linear::Hierarchical { node }),
         "ring_left_product" => plain(Linear::RingLeftProduct),
         "megatron_sp_left_product" => plain(Linear::MegatronSpLeftProduct),

@@ -6,10 +6,13 @@
 //! rank to rank, so that overlap, chains and causal imbalance come out instead of being put in. What each piece of work takes
 //! is in `costs` and `network`; `step` issues them in the order of the trainer.
 
+pub mod against;
 mod attention;
+pub mod choose;
 mod costs;
 mod exchange;
 pub mod fit;
+pub mod host;
 pub mod machine;
 mod memory;
 pub mod method;
@@ -24,6 +27,7 @@ use runtime::config::{self, Config};
 use runtime::sequence;
 use serde::Serialize;
 
+pub use costs::Pass;
 pub use machine::Machine;
 pub use memory::MemoryUse;
 pub use method::Method;
@@ -47,8 +51,16 @@ pub enum Error {
     Ulysses { heads: usize, ranks: usize },
     #[error("a point needs at least one GPU and one token each: {seq_len} tokens, {gpus} GPUs (--gpus, --seq-lens)")]
     Point { gpus: usize, seq_len: usize },
+    #[error(
+        "{gpus} GPUs and {batch} sequences cannot be shared out over {dp} groups: expected multiples of the groups (--dp, --batch)"
+    )]
+    Groups { gpus: usize, dp: usize, batch: usize },
     #[error("{option}: found `{found}`, expected {expected}")]
     Range { option: &'static str, found: String, expected: &'static str },
+    #[error("kernel {name:?} was not measured: run lasp calibrate anew for a machine with host.kernels")]
+    Kernel { name: String },
+    #[error("--against: {message}")]
+    Against { message: String },
     #[error("published figures: {0}")]
     Published(String),
     #[error(transparent)]
@@ -57,13 +69,30 @@ pub enum Error {
     Sequence(#[from] sequence::Error),
 }
 
-/// One sequence a step on all GPUs: batch 1, `sp = gpus`.
+/// A step: `dp` groups of GPUs, in each of which all share one sequence after another.
 #[derive(Clone, Debug)]
 pub struct Workload<'a> {
     pub config: &'a Config,
+    /// That share a sequence.
     pub gpus: usize,
     /// Tokens of the sequence.
     pub seq_len: usize,
+    /// Groups, each with sequences of its own.
+    pub dp: usize,
+    /// Sequences of a group in a step.
+    pub passes: usize,
+}
+
+impl<'a> Workload<'a> {
+    /// One sequence a step, on all GPUs.
+    pub fn one(config: &'a Config, gpus: usize, seq_len: usize) -> Self {
+        Workload { config, gpus, seq_len, dp: 1, passes: 1 }
+    }
+
+    /// All GPUs.
+    pub fn world(&self) -> usize {
+        self.gpus * self.dp
+    }
 }
 
 /// Times in seconds, amounts in bytes.
@@ -71,8 +100,10 @@ pub struct Workload<'a> {
 pub struct Prediction {
     pub machine: String,
     pub method: String,
+    /// In all.
     pub gpus: usize,
     pub seq_len: usize,
+    pub dp: usize,
     pub step_s: f64,
     pub tokens_per_s: f64,
     pub tokens_per_s_per_gpu: f64,

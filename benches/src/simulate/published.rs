@@ -94,7 +94,7 @@ impl Published {
 
 impl Row {
     fn work<'a>(&self, config: &'a Config) -> Workload<'a> {
-        Workload { config, gpus: self.1, seq_len: self.2 }
+        Workload::one(config, self.1, self.2)
     }
 
     /// The figure, unless it is out of memory.

@@ -2,12 +2,14 @@
 //! layer's order of work is that of `runtime::sequence::linear`: summarize, exchange in flight, intra-rank work, wait, add;
 //! backward is its mirror.
 
-use runtime::config::{Config, LayerKind, LayoutKind};
+use runtime::config::{Config, LayerKind, LayoutKind, ParallelConfig};
 use runtime::estimate::{self, Estimate};
+use runtime::sequence::method;
 
 use super::attention::Attend;
 use super::costs::{Costs, Pass};
 use super::exchange::Exchange;
+use super::host::{self, Host};
 use super::machine::{Machine, Sharding};
 use super::memory::{count, parameter_bytes};
 use super::method::{Linear, Method, Softmax};
@@ -21,17 +23,21 @@ pub fn predict(machine: &Machine, method: &Method, work: &Workload) -> Result<Pr
     let timeline = run(machine, &costs, method, work, Network::new(machine))?;
     let unhindered = run(machine, &costs, method, work, Network::free(machine))?;
     let memory = count(machine, &costs, method, &estimate);
-    let step_s = timeline.end();
-    let tokens_per_s = work.seq_len as f64 / step_s;
+    let [step_s, unhindered] = match &machine.host {
+        None => [timeline.end(), unhindered.end()],
+        Some(host) => [on_host(host, &costs, method, work, false)?, on_host(host, &costs, method, work, true)?],
+    };
+    let tokens_per_s = (work.seq_len * work.dp * work.passes) as f64 / step_s;
     Ok(Prediction {
         machine: machine.name.clone(),
         method: method.name.clone(),
-        gpus: work.gpus,
+        gpus: work.world(),
         seq_len: work.seq_len,
+        dp: work.dp,
         step_s,
         tokens_per_s,
-        tokens_per_s_per_gpu: tokens_per_s / work.gpus as f64,
-        exposed_s: step_s - unhindered.end(),
+        tokens_per_s_per_gpu: tokens_per_s / work.world() as f64,
+        exposed_s: step_s - unhindered,
         waited_s: timeline.waited(),
         received: timeline.received().iter().sum::<f64>() / work.gpus as f64,
         out_of_memory: memory.total > machine.memory.capacity_gb * 1e9,
@@ -42,7 +48,37 @@ pub fn predict(machine: &Machine, method: &Method, work: &Workload) -> Result<Pr
 /// The step time alone.
 pub fn step_seconds(machine: &Machine, method: &Method, work: &Workload) -> Result<f64> {
     let (costs, _) = costs(machine, method, work)?;
-    Ok(run(machine, &costs, method, work, Network::new(machine))?.end())
+    match &machine.host {
+        None => Ok(run(machine, &costs, method, work, Network::new(machine))?.end()),
+        Some(host) => on_host(host, &costs, method, work, false),
+    }
+}
+
+/// A step of ranks that share the cores of a host: its operators simulated one by one, what is between them local to a rank.
+fn on_host(host: &Host, costs: &Costs, method: &Method, work: &Workload, free: bool) -> Result<f64> {
+    let unhindered = host.unhindered();
+    let host = if free { &unhindered } else { host };
+    let network = if free { None } else { host.network()? };
+    // Costs are those of a rank with a core for itself.
+    let (sharing, passes) = (work.world() as f64 / host.cores as f64, work.passes as f64);
+    let update = parameter_bytes(costs.machine(), work.world()).iter().sum::<f64>() * costs.parameters();
+    let mut local = passes * costs.loss() + costs.optimizer(update);
+    let mut seconds = host.sum_gradients(network, work.world(), costs.parameters())?;
+    // Groups compete for the cores as the ranks of one do.
+    let crowd = sharing.max(1.0) / (work.gpus as f64 / host.cores as f64).max(1.0);
+    let again = if work.config.train.activation_checkpointing { 2.0 } else { 1.0 };
+    for softmax in [false, true] {
+        let kind = if softmax { LayerKind::Softmax } else { LayerKind::Linear };
+        let layers = work.config.model.layer_kinds().iter().filter(|found| **found == kind).count() as f64;
+        if layers > 0.0 {
+            let [forward, backward] =
+                host::operator(host, network, work.config, method, softmax, work.gpus, work.seq_len)?;
+            let dense = |pass: Pass| costs.dense(kind, pass).iter().sum::<f64>();
+            seconds += passes * crowd * layers * (again * forward + backward);
+            local += passes * layers * (again * dense(Pass::Forward) + dense(Pass::Backward));
+        }
+    }
+    Ok(seconds + sharing * local)
 }
 
 /// One exchange of states by itself, forward, from summaries ready everywhere until the last rank has its entry states.
@@ -69,7 +105,7 @@ pub fn attention_share(machine: &Machine, method: &Method, work: &Workload) -> R
 
 fn costs<'a>(machine: &'a Machine, method: &Method, work: &Workload) -> Result<(Costs<'a>, Estimate)> {
     let (gpus, seq_len) = (work.gpus, work.seq_len);
-    if gpus == 0 || seq_len < gpus {
+    if gpus == 0 || seq_len < gpus || work.dp == 0 || work.passes == 0 {
         return Err(Error::Point { gpus, seq_len });
     }
     let layout = method.layout.unwrap_or(work.config.parallel.layout);
@@ -83,6 +119,13 @@ pub(super) fn resolved(config: &Config, layout: LayoutKind, gpus: usize, seq_len
     let mut config = config.clone();
     (config.parallel.sp, config.parallel.dp) = (gpus, 1);
     config.parallel.layout = layout;
+    // What the step estimates does not depend on the method that is still to be chosen.
+    let ParallelConfig { linear_method, softmax_method, .. } = &mut config.parallel;
+    for (chosen, any) in [(linear_method, "lasp2"), (softmax_method, "lasp2h")] {
+        if chosen == method::AUTO {
+            any.clone_into(chosen);
+        }
+    }
     (config.train.batch, config.train.micro_batch, config.train.seq_len) = (1, 1, seq_len);
     config.resolve_ranks(gpus)?;
     Ok(config)
@@ -123,19 +166,22 @@ fn run<'a>(
     let timeline = Timeline::new(work.gpus, machine.overhead.step_ms * 1e-3);
     let mut step = Step { machine, costs, method, network, begun: timeline.end(), timeline };
     let layers = work.config.model.layer_kinds();
-    for &kind in &layers {
-        step.gather_weights(kind);
-        step.layer(kind, Pass::Forward)?;
-    }
-    step.timeline.work(costs.loss());
-    for &kind in layers.iter().rev() {
-        step.gather_weights(kind);
-        if work.config.train.activation_checkpointing {
+    for pass in 0..work.passes {
+        for &kind in &layers {
+            step.gather_weights(kind);
             step.layer(kind, Pass::Forward)?;
         }
-        step.layer(kind, Pass::Backward)?;
-        if machine.training.gradient_overlap {
-            step.sum_gradients(costs.layer_parameters(kind));
+        step.timeline.work(costs.loss());
+        for &kind in layers.iter().rev() {
+            step.gather_weights(kind);
+            if work.config.train.activation_checkpointing {
+                step.layer(kind, Pass::Forward)?;
+            }
+            step.layer(kind, Pass::Backward)?;
+            // Gradients of passes before the last stay where they are.
+            if machine.training.gradient_overlap && pass + 1 == work.passes {
+                step.sum_gradients(costs.layer_parameters(kind));
+            }
         }
     }
     let summed: f64 = match machine.training.gradient_overlap {
@@ -199,7 +245,7 @@ impl Step<'_> {
         let (ranks, training) = (self.costs.ranks, &self.machine.training);
         let now = self.timeline.end();
         if training.sharding == Sharding::Full {
-            let group = training.shard_group(ranks);
+            let group = training.shard_group(self.costs.world);
             let own = training.weight_bytes * self.costs.layer_parameters(kind) / group as f64;
             let arrived = self.timeline.in_background(self.begun, self.network.all_gather(group, own));
             self.timeline.compute_all(&vec![arrived; ranks], 0.0);
@@ -209,7 +255,7 @@ impl Step<'_> {
 
     /// Sums the gradients of so many parameters over all ranks, or leaves each rank its shard of the sum.
     fn sum_gradients(&mut self, parameters: f64) {
-        let (ranks, training) = (self.costs.ranks, &self.machine.training);
+        let (ranks, training) = (self.costs.world, &self.machine.training);
         let bytes = training.gradient_bytes * parameters;
         let group = training.shard_group(ranks);
         let own = bytes / group as f64;
@@ -225,10 +271,10 @@ impl Step<'_> {
     fn update(&mut self) {
         let ranks = self.costs.ranks;
         let summed = vec![self.timeline.background(); ranks];
-        let bytes: f64 = parameter_bytes(self.machine, ranks).iter().sum();
+        let bytes: f64 = parameter_bytes(self.machine, self.costs.world).iter().sum();
         let updated = self.timeline.compute_all(&summed, self.costs.optimizer(bytes * self.costs.parameters()));
         if self.machine.training.sharding == Sharding::Optimizer {
-            let group = self.machine.training.shard_group(ranks);
+            let group = self.machine.training.shard_group(self.costs.world);
             let own = self.machine.training.weight_bytes * self.costs.parameters() / group as f64;
             let gathered = self.timeline.in_background(latest(&updated), self.network.all_gather(group, own));
             self.timeline.compute_all(&vec![gathered; ranks], 0.0);
@@ -250,7 +296,7 @@ mod tests {
 
     fn point(config: &Config, method: &str, gpus: usize, seq_len: usize) -> Prediction {
         let machine = Machine::load("h100-dgx").unwrap();
-        predict(&machine, &Method::parse(method).unwrap(), &Workload { config, gpus, seq_len }).unwrap()
+        predict(&machine, &Method::parse(method).unwrap(), &Workload::one(config, gpus, seq_len)).unwrap()
     }
 
     #[test]
@@ -308,7 +354,7 @@ mod tests {
         let mut machine = Machine::load("h100-dgx").unwrap();
         let mut of = |sharding, shards| {
             (machine.training.sharding, machine.training.shards) = (sharding, shards);
-            let work = Workload { config: &config, gpus: 16, seq_len: 65536 };
+            let work = Workload::one(&config, 16, 65536);
             predict(&machine, &Method::parse("lasp2").unwrap(), &work).unwrap()
         };
         let [none, zero, full, by_node] =

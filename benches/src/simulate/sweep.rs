@@ -46,6 +46,23 @@ pub fn in_k(tokens: usize) -> String {
     if tokens.is_multiple_of(1024) { format!("{}K", tokens / 1024) } else { tokens.to_string() }
 }
 
+/// How a step's sequences are shared out: `dp` groups of GPUs, and `batch` sequences over all groups.
+#[derive(Clone, Copy, Debug)]
+pub struct Groups {
+    pub dp: usize,
+    pub batch: usize,
+}
+
+impl Groups {
+    fn work<'a>(self, config: &'a Config, gpus: usize, seq_len: usize) -> Result<Workload<'a>> {
+        let Groups { dp, batch } = self;
+        if dp == 0 || !gpus.is_multiple_of(dp) || batch == 0 || !batch.is_multiple_of(dp) {
+            return Err(Error::Groups { gpus, dp, batch });
+        }
+        Ok(Workload { config, gpus: gpus / dp, seq_len, dp, passes: batch / dp })
+    }
+}
+
 /// By length, GPUs and method, in the order given.
 pub fn sweep(
     machine: &Machine,
@@ -53,12 +70,13 @@ pub fn sweep(
     methods: &[Method],
     gpus: &[usize],
     seq_lens: &[usize],
+    groups: Groups,
 ) -> Vec<std::result::Result<Prediction, Refused>> {
     let mut points = Vec::new();
     for &seq_len in seq_lens {
         for &gpus in gpus {
             for method in methods {
-                let point = predict(machine, method, &Workload { config, gpus, seq_len });
+                let point = groups.work(config, gpus, seq_len).and_then(|work| predict(machine, method, &work));
                 points.push(point.map_err(|error| Refused {
                     method: method.name.clone(),
                     gpus,
@@ -74,6 +92,27 @@ pub fn sweep(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_share_out_gpus_and_sequences() {
+        let config = Config::from_toml_str("[model]\ndim = 512\n", "test", &[]).unwrap();
+        let machine = Machine::load("h100-dgx").unwrap();
+        let at = |dp, batch| {
+            let groups = Groups { dp, batch };
+            let methods = [Method::parse("lasp2").unwrap()];
+            sweep(&machine, &config, &methods, &[16], &[1 << 18], groups).pop().unwrap()
+        };
+        let [one, two, four] = [(1, 1), (2, 2), (2, 4)].map(|(dp, batch)| at(dp, batch).unwrap());
+        // Half the GPUs for each of two sequences; then two sequences, one after the other, and gradients summed once.
+        assert!(
+            two.step_s > 1.5 * one.step_s && (1.5..2.0).contains(&(four.step_s / two.step_s)),
+            "{one:?} {two:?} {four:?}"
+        );
+        assert_eq!((two.gpus, two.dp), (16, 2));
+        assert!((four.tokens_per_s - f64::from(4 << 18) / four.step_s).abs() < 1.0);
+        let uneven = at(3, 3).unwrap_err().reason;
+        assert!(uneven.contains("16 GPUs") && uneven.contains("--dp"), "{uneven}");
+    }
 
     #[test]
     fn ranges_double_and_lists_do_not() {

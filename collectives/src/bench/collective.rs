@@ -73,7 +73,7 @@ pub(super) const SEND_RECV: Collective = Collective {
     run: |group, x| {
         let (rank, w) = (group.rank(), group.size());
         let sent = group.send(x, (rank + 1) % w)?;
-        let received = group.recv(&x.size(), x.f_kind()?, (rank + w - 1) % w)?.wait()?;
+        let received = group.recv_on(x.device(), &x.size(), x.f_kind()?, (rank + w - 1) % w)?.wait()?;
         sent.wait()?;
         Ok(received)
     },

@@ -11,8 +11,8 @@
 //! | all_to_all | input of a rank | (W-1)/W |
 //! | send_recv | what a rank sends to the next one of a ring | 1 |
 //!
-//! The time of an iteration is that of the slowest rank, from a barrier to its result. Results are checked in the same
-//! run; if one is wrong there are no figures.
+//! The time of an iteration is that of the slowest rank, from a barrier to its result, on a GPU until the GPU has it. Results
+//! are checked in the same run; if one is wrong there are no figures.
 
 mod collective;
 
@@ -21,7 +21,7 @@ pub use collective::{COLLECTIVES, Collective};
 use crate::{Error, Group, Reduce, Result};
 use collective::input;
 use std::time::{Duration, Instant};
-use tch::{Kind, Tensor};
+use tch::{Cuda, Device, Kind, Tensor};
 
 const FEWEST: usize = 5;
 
@@ -36,6 +36,8 @@ pub struct Options {
     pub iterations: usize,
     /// Of one row.
     pub budget: Duration,
+    /// Where the tensors are.
+    pub device: Device,
 }
 
 impl Default for Options {
@@ -47,6 +49,7 @@ impl Default for Options {
             warmup: 3,
             iterations: 50,
             budget: Duration::from_secs(1),
+            device: Device::Cpu,
         }
     }
 }
@@ -89,12 +92,19 @@ fn row(group: &Group, collective: &'static Collective, size: u64, options: &Opti
     let part = collective.part(size, w);
     let bytes = collective.bytes(part, w);
     let of_rank = |rank: usize| input(rank, &(collective.shape)(w, part));
-    let x = of_rank(group.rank())?;
-    let expected = (collective.expected)(&of_rank, group.rank(), group.size())?;
+    let x = of_rank(group.rank())?.f_to_device(options.device)?;
+    let expected = (collective.expected)(&of_rank, group.rank(), group.size())?.f_to_device(options.device)?;
+    let ended = || {
+        if let Device::Cuda(gpu) = options.device {
+            Cuda::synchronize(gpu as i64);
+        }
+    };
     let once = || -> Result<(f64, Tensor)> {
+        ended();
         group.barrier()?.wait()?;
         let start = Instant::now();
         let result = (collective.run)(group, &x)?;
+        ended();
         Ok((start.elapsed().as_secs_f64(), result))
     };
     let check = |result: &Tensor| -> Result<()> {
@@ -123,7 +133,7 @@ fn row(group: &Group, collective: &'static Collective, size: u64, options: &Opti
         times.push(last.0);
     }
     check(&last.1)?;
-    Ok(Row::new(collective, group, bytes, slowest(group, &times)?))
+    Ok(Row::new(collective, group, options.device, bytes, slowest(group, &times)?))
 }
 
 /// Of each iteration the time of the slowest rank.
@@ -138,14 +148,14 @@ fn numbers(x: &Tensor) -> Result<Vec<f64>> {
 }
 
 impl Row {
-    fn new(collective: &Collective, group: &Group, bytes: u64, mut seconds: Vec<f64>) -> Row {
+    fn new(collective: &Collective, group: &Group, device: Device, bytes: u64, mut seconds: Vec<f64>) -> Row {
         seconds.sort_by(f64::total_cmp);
         let last = seconds.len() as f64 - 1.0;
         let at = |share: f64| seconds.get((last * share).round() as usize).copied().unwrap_or(f64::NAN);
         let algbw = bytes as f64 / at(0.5) / 1e9;
         Row {
             collective: collective.name,
-            backend: group.backend(),
+            backend: group.backend_on(device),
             ranks: group.size(),
             bytes,
             iterations: seconds.len(),

@@ -8,8 +8,8 @@ mod calls;
 mod wire;
 
 use crate::{
-    flight::Flight,
     Error, Group, Recorder, Result,
+    flight::Flight,
     group::Line,
     progress::{self, Face, Queue},
 };

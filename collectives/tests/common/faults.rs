@@ -1,6 +1,6 @@
 //! Calls that cannot work: each gives an error with what was found and expected, and the group works on afterwards.
 
-use super::numbers;
+use super::{device, numbers};
 use anyhow::Result;
 use collectives::{Error, Group, Kind, Pending, Reduce, Tensor};
 
@@ -18,7 +18,7 @@ pub fn a_rank_checks_its_own_arguments(world: &Group) -> Result<()> {
     ));
     assert!(matches!(world.broadcast(&x, w).err(), Some(Error::BadRoot { .. })));
     assert!(matches!(world.send(&x, w).err(), Some(Error::BadPeer { op: "send", .. })));
-    assert!(matches!(world.recv(&[2], Kind::Float, w + 3).err(), Some(Error::BadPeer { op: "recv", .. })));
+    assert!(matches!(world.recv_on(device(), &[2], Kind::Float, w + 3).err(), Some(Error::BadPeer { op: "recv", .. })));
     let deep = numbers(rank, &[1; 9], Kind::Float);
     assert!(matches!(world.all_gather(&deep).err(), Some(Error::TooManyDims { .. })));
     let found = message(world.reduce_scatter(&x));
@@ -70,11 +70,14 @@ pub fn a_message_must_be_as_expected(world: &Group) -> Result<()> {
     let (next, previous) = ((rank + 1) % w, (rank + w - 1) % w);
     let x = numbers(rank, &[2, 3], Kind::Float);
     let sent = [world.send(&x, next)?, world.send(&x, next)?, world.send(&x, next)?];
-    let found = message(world.recv(&[3, 2], Kind::Float, previous)?.wait());
+    let found = message(world.recv_on(device(), &[3, 2], Kind::Float, previous)?.wait());
     assert!(found.contains("shapes differ") && found.contains("sent [2, 3] f32"), "{found}");
-    let found = message(world.recv(&[2, 3], Kind::BFloat16, previous)?.wait());
+    let found = message(world.recv_on(device(), &[2, 3], Kind::BFloat16, previous)?.wait());
     assert!(found.contains("kinds differ") && found.contains("expected [2, 3] bf16"), "{found}");
-    super::assert_same(&world.recv(&[2, 3], Kind::Float, previous)?.wait()?, &numbers(previous, &[2, 3], Kind::Float));
+    super::assert_same(
+        &world.recv_on(device(), &[2, 3], Kind::Float, previous)?.wait()?,
+        &numbers(previous, &[2, 3], Kind::Float),
+    );
     sent.into_iter().try_for_each(Pending::wait)?;
     Ok(())
 }

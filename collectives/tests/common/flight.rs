@@ -1,6 +1,6 @@
 //! Operations in flight: order, overlap, and what may be done to inputs meanwhile.
 
-use super::{assert_same, numbers, ranks_numbers, sum};
+use super::{assert_same, device, numbers, ranks_numbers, sum};
 use anyhow::{Result, ensure};
 use collectives::{Group, Kind, Pending, Reduce, Tensor};
 use std::{
@@ -19,7 +19,7 @@ pub fn many_in_flight(world: &Group) -> Result<()> {
         let x = numbers(rank, &shape, Kind::Float) + i;
         let all: Vec<Tensor> = ranks_numbers(w, &shape, Kind::Float).into_iter().map(|x| x + i).collect();
         pending.push((world.all_gather(&x)?, Tensor::stack(&all, 0)));
-        pending.push((world.recv(&shape, Kind::Float, previous)?, all[previous].shallow_clone()));
+        pending.push((world.recv_on(device(), &shape, Kind::Float, previous)?, all[previous].shallow_clone()));
         let mine: Vec<Tensor> = all.iter().skip(rank % 2).step_by(2).map(Tensor::shallow_clone).collect();
         pending.push((halves.all_reduce(&x, Reduce::Sum)?, sum(&mine)));
         sent.push(world.send(&x, next)?);
@@ -44,16 +44,16 @@ pub fn rings_in_both_orders(world: &Group) -> Result<()> {
         let x = numbers(rank, &shape, Kind::Float);
         let expected = numbers(previous, &shape, Kind::Float);
         let sent = world.send(&x, next)?;
-        assert_same(&world.recv(&shape, Kind::Float, previous)?.wait()?, &expected);
+        assert_same(&world.recv_on(device(), &shape, Kind::Float, previous)?.wait()?, &expected);
         sent.wait()?;
 
-        let received = world.recv(&shape, Kind::Float, previous)?;
+        let received = world.recv_on(device(), &shape, Kind::Float, previous)?;
         world.send(&x, next)?.wait()?;
         assert_same(&received.wait()?, &expected);
 
         // A send waits for nobody.
         world.send(&x, next)?.wait()?;
-        assert_same(&world.recv(&shape, Kind::Float, previous)?.wait()?, &expected);
+        assert_same(&world.recv_on(device(), &shape, Kind::Float, previous)?.wait()?, &expected);
     }
     Ok(())
 }
@@ -71,7 +71,7 @@ pub fn messages_pass_collectives(world: &Group) -> Result<()> {
             gathered
         }
         1 => {
-            let message = world.recv(&[4], Kind::Double, 0)?.wait()?;
+            let message = world.recv_on(device(), &[4], Kind::Double, 0)?.wait()?;
             assert_same(&message, &numbers(0, &[4], Kind::Double));
             world.all_gather(&x)?
         }
@@ -106,7 +106,7 @@ pub fn inputs_may_be_overwritten_after_wait(world: &Group) -> Result<()> {
         refill(&mut x);
         world.send(&x, (rank + 1) % w)?.wait()?;
         let _ = x.fill_(f64::NAN);
-        let received = world.recv(&shape, Kind::Float, (rank + w - 1) % w)?.wait()?;
+        let received = world.recv_on(device(), &shape, Kind::Float, (rank + w - 1) % w)?.wait()?;
         assert_same(&gathered, &Tensor::stack(&all, 0));
         assert_same(&reduced, &sum(&all));
         assert_same(&scattered, &sum(&mine));
@@ -135,6 +135,10 @@ pub fn inputs_may_be_dropped_at_once(world: &Group) -> Result<()> {
 
 /// The result arrives while every rank computes and none waits.
 pub fn progress_while_computing(world: &Group) -> Result<()> {
+    if device().is_cuda() {
+        // There a rank that computes does not keep the host; see the NCCL back end's own test.
+        return Ok(());
+    }
     let w = world.size();
     let x = numbers(world.rank(), &[w as i64, 50_000], Kind::Float);
     let pending = [world.all_gather(&x)?, world.all_reduce(&x, Reduce::Sum)?, world.all_to_all(&x)?];
@@ -167,11 +171,13 @@ pub fn the_recorder_counts(world: &Group) -> Result<()> {
     // Others may still be in the case before, but this rank's operations of it are over.
     let recorder = world.recorder();
     world.barrier()?.wait()?;
+    recorder.settle();
     recorder.clear();
     let x = numbers(world.rank(), &[w as i64, 10], Kind::Float);
     let bytes = 40 * w;
     let _gathered = world.all_gather(&x)?.wait()?;
     let _reduced = world.all_reduce(&x, Reduce::Sum)?.wait()?;
+    recorder.settle();
     let others = w - 1;
     let spans = recorder.comm_spans();
     let seen: Vec<_> = spans.iter().map(|s| (&*s.group, s.op, s.bytes_sent, s.bytes_received)).collect();

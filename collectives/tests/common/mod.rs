@@ -1,6 +1,6 @@
 //! What every back end must do, as functions of one rank's world group; each runs at several numbers of ranks.
 //!
-//! Values are small whole numbers, exact in every kind, unless a case is about rounding; so results are compared exactly.
+//! They run on the CPU, and with NCCL on a GPU. Values are small whole numbers, exact in every kind, unless a case is about rounding; so results are compared exactly.
 
 mod faults;
 mod flight;
@@ -9,7 +9,16 @@ mod timings;
 
 use anyhow::Result;
 use collectives::{Group, Kind, Tensor};
+use std::sync::OnceLock;
 use tch::Device;
+
+/// Where tensors are; on the CPU if not set.
+#[allow(dead_code)]
+pub static DEVICE: OnceLock<Device> = OnceLock::new();
+
+pub fn device() -> Device {
+    *DEVICE.get().unwrap_or(&Device::Cpu)
+}
 
 pub type Case = fn(&Group) -> Result<()>;
 
@@ -38,7 +47,7 @@ pub const KINDS: [Kind; 4] = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::I
 /// Small whole numbers that depend on the rank and the place.
 pub fn numbers(rank: usize, shape: &[i64], kind: Kind) -> Tensor {
     let n: i64 = shape.iter().product();
-    (Tensor::arange(n, (Kind::Int64, Device::Cpu)) + 7 * rank as i64).remainder(13).to_kind(kind).reshape(shape)
+    (Tensor::arange(n, (Kind::Int64, device())) + 7 * rank as i64).remainder(13).to_kind(kind).reshape(shape)
 }
 
 pub fn ranks_numbers(size: usize, shape: &[i64], kind: Kind) -> Vec<Tensor> {

@@ -1,5 +1,7 @@
 // What tch lacks, as C functions: an autograd node whose backward is a Rust closure, backward from a given
-// gradient, and opening libtorch_cuda. Tensors cross as `at::Tensor*`, owned by the side that made them.
+// gradient, opening libtorch_cuda and what only it has: streams, memory statistics, attention with its log-sum-exp; and
+// libtorch's profiler.
+// Tensors cross as `at::Tensor*`, owned by the side that made them.
 
 #include <dlfcn.h>
 #include <malloc.h>
@@ -7,9 +9,11 @@
 #include <string>
 
 #include <ATen/ATen.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/profiler_kineto.h>
 #include <torch/csrc/autograd/variable.h>
 
 namespace {
@@ -99,6 +103,95 @@ char* lasp_open_cuda() {
   if (dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr) return nullptr;
   const char* why = dlerror();
   return strdup(why == nullptr ? "dlopen failed" : why);
+}
+
+// The path of libtorch_cpu, or null.
+char* lasp_libtorch_path() {
+  Dl_info info;
+  if (dladdr(reinterpret_cast<void*>(&at::_ops::add_Tensor::call), &info) == 0 || info.dli_fname == nullptr) return nullptr;
+  return strdup(info.dli_fname);
+}
+
+// The stream that libtorch enqueues on for this thread and device.
+char* lasp_current_stream(int device, void** stream) {
+  using Get = int (*)(int, void**);
+  static Get get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  if (get == nullptr) return strdup("libtorch_cuda is not open");
+  return get(device, stream) == 0 ? nullptr : strdup("aoti_torch_get_current_cuda_stream failed");
+}
+
+// Bytes in tensors of a device: now, at most since the last reset, and at most reserved by the caching allocator.
+char* lasp_device_memory(int device, int64_t* now, int64_t* peak, int64_t* reserved) {
+  return guarded([&] {
+    auto stats = at::getDeviceAllocator(at::kCUDA)->getDeviceStats(device);
+    const auto all = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    *now = stats.allocated_bytes[all].current;
+    *peak = stats.allocated_bytes[all].peak;
+    *reserved = stats.reserved_bytes[all].peak;
+  });
+}
+
+char* lasp_reset_peak_memory(int device) {
+  return guarded([&] { at::getDeviceAllocator(at::kCUDA)->resetPeakStats(device); });
+}
+
+// Makes `grad` the place where backward adds up the gradient of the leaf `x`.
+char* lasp_set_grad(at::Tensor* x, at::Tensor* grad) {
+  return guarded([&] { x->mutable_grad() = *grad; });
+}
+
+// Attention of q, k, v [B, H, T, K] by cuDNN or by flash attention: o and the log-sum-exp of the scaled scores.
+char* lasp_attention(int cudnn, at::Tensor* q, at::Tensor* k, at::Tensor* v, int causal, double scale, at::Tensor** o,
+                     at::Tensor** lse) {
+  return guarded([&] {
+    at::Tensor out, sums;
+    if (cudnn) {
+      auto all = at::_scaled_dot_product_cudnn_attention(*q, *k, *v, std::nullopt, true, 0.0, causal != 0, false, scale);
+      out = std::get<0>(all), sums = std::get<1>(all);
+    } else {
+      auto all = at::_scaled_dot_product_flash_attention(*q, *k, *v, 0.0, causal != 0, false, scale);
+      out = std::get<0>(all), sums = std::get<1>(all);
+    }
+    *o = new at::Tensor(out);
+    *lse = new at::Tensor(sums);
+  });
+}
+
+char* lasp_attention_backward(int cudnn, at::Tensor* d_o, at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor* o,
+                              at::Tensor* lse, int causal, double scale, at::Tensor** dq, at::Tensor** dk,
+                              at::Tensor** dv) {
+  return guarded([&] {
+    // Without dropout the state of the random numbers is not looked at.
+    const auto seed = at::zeros({}, q->options().dtype(at::kLong)), none = at::Tensor();
+    std::tuple<at::Tensor, at::Tensor, at::Tensor> all;
+    if (cudnn) {
+      all = at::_scaled_dot_product_cudnn_attention_backward(*d_o, *q, *k, *v, *o, *lse, seed, seed, none, none, none,
+                                                             q->size(2), k->size(2), 0.0, causal != 0, scale);
+    } else {
+      all = at::_scaled_dot_product_flash_attention_backward(*d_o, *q, *k, *v, *o, *lse, none, none, q->size(2),
+                                                             k->size(2), 0.0, causal != 0, seed, seed, scale);
+    }
+    *dq = new at::Tensor(std::get<0>(all));
+    *dk = new at::Tensor(std::get<1>(all));
+    *dv = new at::Tensor(std::get<2>(all));
+  });
+}
+
+// Records from here to `lasp_profile_end` what libtorch does on this thread and, with `cuda`, what all GPUs do.
+char* lasp_profile_begin(int cuda) {
+  return guarded([&] {
+    namespace profiler = torch::profiler::impl;
+    profiler::ProfilerConfig config(profiler::ProfilerState::KINETO);
+    std::set<profiler::ActivityType> activities{profiler::ActivityType::CPU};
+    if (cuda) activities.insert(profiler::ActivityType::CUDA);
+    torch::autograd::profiler::prepareProfiler(config, activities);
+    torch::autograd::profiler::enableProfiler(config, activities);
+  });
+}
+
+// Writes what was recorded to `path`, in Chrome's trace format.
+char* lasp_profile_end(const char* path) {
+  return guarded([&] { torch::autograd::profiler::disableProfiler()->save(path); });
 }
 
 // glibc gives blocks of 32 MiB and more back to the system when they are freed, and every page of the next one faults.

@@ -1,8 +1,10 @@
 //! The few things that tch lacks, through a small C++ file: an autograd node whose backward is Rust, backward from
-//! a given gradient, activation checkpointing built on the two, and opening libtorch_cuda at run time.
+//! a given gradient, activation checkpointing built on the two, and opening libtorch_cuda at run time with what only it has:
+//! the current stream, memory statistics, attention with its log-sum-exp; and libtorch's profiler.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 use torch_sys::C_tensor;
@@ -42,6 +44,37 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn lasp_backward(output: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
     fn lasp_open_cuda() -> *mut c_char;
+    fn lasp_libtorch_path() -> *mut c_char;
+    fn lasp_current_stream(device: c_int, stream: *mut *mut c_void) -> *mut c_char;
+    fn lasp_device_memory(device: c_int, now: *mut i64, peak: *mut i64, reserved: *mut i64) -> *mut c_char;
+    fn lasp_reset_peak_memory(device: c_int) -> *mut c_char;
+    fn lasp_profile_begin(cuda: c_int) -> *mut c_char;
+    fn lasp_profile_end(path: *const c_char) -> *mut c_char;
+    fn lasp_set_grad(x: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
+    fn lasp_attention(
+        cudnn: c_int,
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        causal: c_int,
+        scale: f64,
+        o: *mut *mut C_tensor,
+        lse: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn lasp_attention_backward(
+        cudnn: c_int,
+        d_o: *const C_tensor,
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        o: *const C_tensor,
+        lse: *const C_tensor,
+        causal: c_int,
+        scale: f64,
+        dq: *mut *mut C_tensor,
+        dk: *mut *mut C_tensor,
+        dv: *mut *mut C_tensor,
+    ) -> *mut c_char;
     fn lasp_keep_freed_memory();
     fn lasp_free(message: *mut c_char);
     fn strdup(text: *const c_char) -> *mut c_char;
@@ -96,6 +129,135 @@ pub fn checkpoint(x: &Tensor, block: impl Fn(&Tensor) -> Result<Tensor> + Send +
 pub fn open_cuda() -> Result<()> {
     // SAFETY: opens a shared library that libtorch itself is made to load in this way.
     unsafe { check(lasp_open_cuda()) }
+}
+
+/// Where libtorch_cpu was loaded from.
+pub(crate) fn libtorch_path() -> Option<PathBuf> {
+    // SAFETY: null or a string from `strdup`, ours to free.
+    unsafe {
+        let path = lasp_libtorch_path();
+        if path.is_null() {
+            return None;
+        }
+        let text = CStr::from_ptr(path).to_string_lossy().into_owned();
+        lasp_free(path);
+        Some(PathBuf::from(text))
+    }
+}
+
+/// The CUDA stream on which libtorch enqueues for this thread.
+pub fn current_stream(device: usize) -> Result<*mut c_void> {
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: writes one pointer.
+    unsafe { check(lasp_current_stream(device as c_int, &mut stream))? };
+    Ok(stream)
+}
+
+/// Bytes that tensors take on a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceMemory {
+    pub now: u64,
+    /// At most, since the start or the last [`reset_peak_memory`].
+    pub peak: u64,
+    /// At most held by libtorch's allocator, what it keeps for reuse included.
+    pub reserved: u64,
+}
+
+/// What libtorch's allocator has given out on CUDA device `device`.
+pub fn device_memory(device: usize) -> Result<DeviceMemory> {
+    let (mut now, mut peak, mut reserved) = (0, 0, 0);
+    // SAFETY: writes three numbers.
+    unsafe { check(lasp_device_memory(device as c_int, &mut now, &mut peak, &mut reserved))? };
+    Ok(DeviceMemory { now: now as u64, peak: peak as u64, reserved: reserved as u64 })
+}
+
+pub fn reset_peak_memory(device: usize) -> Result<()> {
+    // SAFETY: takes no pointer.
+    unsafe { check(lasp_reset_peak_memory(device as c_int)) }
+}
+
+/// Records, until [`profile_end`] on the same thread, what libtorch does there and, with `cuda`, what the GPUs do.
+pub fn profile_begin(cuda: bool) -> Result<()> {
+    // SAFETY: takes no pointer.
+    unsafe { check(lasp_profile_begin(c_int::from(cuda))) }
+}
+
+/// Writes what was recorded to `path`, in the trace format of Chrome and Perfetto.
+pub fn profile_end(path: &Path) -> Result<()> {
+    let path = CString::new(path.to_string_lossy().as_bytes()).map_err(|e| Error::Libtorch(e.to_string()))?;
+    // SAFETY: `path` outlives the call.
+    unsafe { check(lasp_profile_end(path.as_ptr())) }
+}
+
+/// Makes `grad` the tensor into which backward adds the gradient of the leaf `x`; of its shape, in any floating-point kind.
+pub fn set_grad(x: &Tensor, grad: &Tensor) -> Result<()> {
+    if x.size() != grad.size() {
+        let expected = format!("that of the leaf, {:?}", x.size());
+        return Err(Error::Shape { tensor: "grad", found: grad.size(), expected });
+    }
+    // SAFETY: both tensors outlive the call; the leaf takes a reference of its own.
+    unsafe { check(lasp_set_grad(x.as_ptr(), grad.as_ptr())) }
+}
+
+/// Which of libtorch's fused attentions on CUDA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fused {
+    Cudnn,
+    Flash,
+}
+
+/// q `[B, H, Tq, K]`, k `[B, H, Tk, K]`, v `[B, H, Tk, V]`, bf16 or f16 on CUDA -> o `[B, H, Tq, V]` and the log-sum-exp
+/// f32 of `B H Tq` rows. `causal` is aligned at the top left: it wants as many keys as queries.
+pub(crate) fn attention(
+    by: Fused,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    causal: bool,
+    scale: f64,
+) -> Result<(Tensor, Tensor)> {
+    let (mut o, mut lse) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let (by, causal) = (c_int::from(by == Fused::Cudnn), c_int::from(causal));
+    // SAFETY: the inputs outlive the call; on success both outputs are new tensors, which become ours.
+    unsafe {
+        check(lasp_attention(by, q.as_ptr(), k.as_ptr(), v.as_ptr(), causal, scale, &mut o, &mut lse))?;
+        Ok((Tensor::from_ptr(o), Tensor::from_ptr(lse)))
+    }
+}
+
+/// The gradients of [`attention`], of the shapes of q, k and v. `o` and `lse` may be those of more keys.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attention_backward(
+    by: Fused,
+    d_o: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    causal: bool,
+    scale: f64,
+) -> Result<[Tensor; 3]> {
+    let [mut dq, mut dk, mut dv] = [std::ptr::null_mut(); 3];
+    let (by, causal) = (c_int::from(by == Fused::Cudnn), c_int::from(causal));
+    // SAFETY: as in `attention`.
+    unsafe {
+        check(lasp_attention_backward(
+            by,
+            d_o.as_ptr(),
+            q.as_ptr(),
+            k.as_ptr(),
+            v.as_ptr(),
+            o.as_ptr(),
+            lse.as_ptr(),
+            causal,
+            scale,
+            &mut dq,
+            &mut dk,
+            &mut dv,
+        ))?;
+        Ok([dq, dk, dv].map(|x| Tensor::from_ptr(x)))
+    }
 }
 
 /// Ends this process at once, whatever its other threads do. `std::process::exit` would first destroy libtorch's globals,

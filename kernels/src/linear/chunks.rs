@@ -11,8 +11,9 @@ use tch::{Kind, Tensor};
 use super::{Decay, Inputs, Transition, accumulation_kind};
 use crate::Result;
 
-/// Numbers in the largest temporary of a part, 1 MiB in f32.
+/// Numbers in the largest temporary of a part: 1 MiB in f32 on the CPU, for its cache; 512 MiB on a GPU, for few launches.
 const PART: i64 = 1 << 18;
+const PART_CUDA: i64 = 1 << 27;
 
 /// Sizes of a chunked segment. `g` = B H.
 #[derive(Clone, Copy, Debug)]
@@ -173,6 +174,12 @@ impl ChunkDecay {
     /// `reverse` runs it from slot n down to 0, for gradients.
     pub fn recur(&self, states: &Tensor, reverse: bool) -> Result<()> {
         let n = states.size()[0] - 1;
+        if states.device().is_cuda() && matches!(self, Self::None) {
+            let kind = states.kind();
+            let sums = if reverse { states.f_flip([0])?.f_cumsum(0, kind)?.f_flip([0])? } else { states.f_cumsum(0, kind)? };
+            states.shallow_clone().f_copy_(&sums)?;
+            return Ok(());
+        }
         let factors = self.total().map(|total| self.over_states(total, states.kind())).transpose()?;
         for step in 0..n {
             let (chunk, from, to) =
@@ -233,7 +240,8 @@ impl Chunked {
     /// The segment in parts of a few chunks, `(first chunk, number)`: what a part needs at once should stay in the cache.
     pub fn parts(&self) -> impl Iterator<Item = (i64, i64)> + use<> {
         let Shape { n, c, dk, dv, .. } = self.shape;
-        let step = (PART / (self.shape.g() * c * c.max(dk).max(dv)).max(1)).clamp(1, n.max(1));
+        let most = if self.v.device().is_cuda() { PART_CUDA } else { PART };
+        let step = (most / (self.shape.g() * c * c.max(dk).max(dv)).max(1)).clamp(1, n.max(1));
         (0..n).step_by(step as usize).map(move |start| (start, step.min(n - start)))
     }
 

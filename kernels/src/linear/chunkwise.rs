@@ -25,13 +25,13 @@ impl Chunkwise {
         }
         Ok(Self { chunk, scale })
     }
-
-    pub fn scale(&self) -> f64 {
-        self.scale
-    }
 }
 
 impl StateMixer for Chunkwise {
+    fn scale(&self) -> f64 {
+        self.scale
+    }
+
     fn forward(&self, x: &Inputs, entry: Option<&Tensor>) -> Result<Box<dyn ForwardSegment>> {
         let entry = entry.map(Tensor::shallow_clone);
         Ok(Box::new(ForwardChunks {

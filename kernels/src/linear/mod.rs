@@ -12,6 +12,8 @@ pub mod left_product;
 pub mod oracle;
 mod scores;
 
+use std::sync::Arc;
+
 use tch::{Kind, Tensor};
 
 use crate::{Error, Result};
@@ -203,11 +205,19 @@ pub struct Grads {
 
 /// A sequence mixer whose past is a fixed-size state.
 pub trait StateMixer: Send + Sync {
+    /// What o is multiplied by.
+    fn scale(&self) -> f64;
     /// Takes one segment: a run of tokens of one document that starts, as far as it knows, from `entry`
     /// `[B, H, K, V]` (zero if `None`).
     fn forward(&self, x: &Inputs, entry: Option<&Tensor>) -> Result<Box<dyn ForwardSegment>>;
     /// The same segment in backward; `entry` is now the whole truth about the state at its start. do: `[B, T, H, V]`.
     fn backward(&self, x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor) -> Result<Box<dyn BackwardSegment>>;
+}
+
+/// The fastest mixer there is: on Hopper GPUs their own kernels where these take the inputs, else chunkwise. `chunk`, `scale`:
+/// as in [`chunkwise::Chunkwise::new`].
+pub fn mixer(chunk: i64, scale: f64) -> Result<Arc<dyn StateMixer>> {
+    Ok(Arc::new(crate::cuda::linear::Fused::new(chunkwise::Chunkwise::new(chunk, scale)?)))
 }
 
 /// The forward of one segment in the order in which LASP-2 wants it: first what other ranks wait for, then what

@@ -3,14 +3,15 @@
 //!
 //! A tile is a run of queries that sees a run of keys, so packed documents, the visible prefix of a gathered sequence
 //! and one step of a ring are all lists of tiles. This file checks the arguments, brings the heads of one KV head
-//! together, walks over the tiles and merges partial results; `cpu` (libtorch's flash attention) and `blockwise` (plain
-//! tensor operations, any device) attend within one tile. `oracle` is the slow truth. Communication is left to the
+//! together, walks over the tiles and merges partial results; `cpu` (libtorch's flash attention), `cuda` (cuDNN's, bf16) and
+//! `blockwise` (plain tensor operations, any device) attend within one tile. `oracle` is the slow truth. Communication is left to the
 //! callers, and so is autograd: nothing here is recorded, gradients come from `backward`.
 //!
 //! Letters beside those of algorithms.md: Tq and Tk are the numbers of queries and keys, Hkv that of KV heads.
 
 pub mod blockwise;
 mod cpu;
+mod cuda;
 mod layout;
 pub mod oracle;
 
@@ -62,7 +63,8 @@ impl Engine {
 /// ranges may overlap.
 ///
 /// Returns `o` `[B, Tq, H, V]` in the kind of `q`, and the log-sum-exp of the scaled scores, `[B, H, Tq]`, in the
-/// accumulation kind: f32, or f64 for f64 inputs, in which everything in between is computed too. Rows in no tile, or
+/// accumulation kind: f32, or f64 for f64 inputs, in which everything in between is computed too; on CUDA bf16 and f16
+/// inputs go through fused kernels, whose results for each tile are of their kind. Rows in no tile, or
 /// in a tile without keys, have `o = 0` and `lse = -inf`.
 ///
 /// Errors: shapes or kinds that disagree, tiles that overlap or leave the tensors, a causal tile with more queries than
@@ -70,12 +72,21 @@ impl Engine {
 ///
 /// Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 1.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, tiles: &[Tile], scale: f64) -> Result<(Tensor, Tensor)> {
-    let (o, lse) = forward_partial(q, k, v, tiles, scale)?;
+    let (o, lse) = forward_any(q, k, v, tiles, scale)?;
     Ok((o.f_to_kind(q.kind())?, lse))
 }
 
 /// [`forward`] over some of the keys: `o` stays in the accumulation kind, so that [`merge`] rounds nothing.
 pub fn forward_partial(q: &Tensor, k: &Tensor, v: &Tensor, tiles: &[Tile], scale: f64) -> Result<(Tensor, Tensor)> {
+    let (o, lse) = forward_any(q, k, v, tiles, scale)?;
+    Ok((o.f_to_kind(lse.kind())?, lse))
+}
+
+/// `o` in the accumulation kind, or already in that of `q` where that loses nothing.
+fn forward_any(q: &Tensor, k: &Tensor, v: &Tensor, tiles: &[Tile], scale: f64) -> Result<(Tensor, Tensor)> {
+    if cuda::takes(q, v) {
+        return cuda::forward(q, k, v, tiles, scale);
+    }
     forward_with(Engine::of(q.device()), q, k, v, tiles, scale)
 }
 
@@ -120,6 +131,9 @@ pub fn backward_partial(
     tiles: &[Tile],
     scale: f64,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    if cuda::takes(q, v) {
+        return cuda::backward(q, k, v, o, lse, d_o, tiles, scale);
+    }
     backward_with(Engine::of(q.device()), q, k, v, o, lse, d_o, tiles, scale)
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
-use runtime::sequence::{Layout, Plan};
+use runtime::sequence::{Layout, Plan, method};
 use runtime::tensor_file;
 use tch::{Device, Kind, Tensor};
 
@@ -143,6 +143,13 @@ fn check_optional(
             "tensor log_decay: found one, expected none with --mask full, since a decay is causal by nature; leave it \
              out, or use --mask causal"
         );
+        ensure!(
+            !task.is_left_product() || found.len() == 1,
+            "tensor log_decay: found shape {found:?}, expected [H] = [{heads}] or none with --method {}, which knows no other \
+             decay; use --method {}",
+            task.method,
+            method::SCANS[0]
+        );
         let forms = [vec![heads], vec![batch, tokens, heads], vec![batch, tokens, heads, key]];
         ensure!(
             forms.contains(&found),
@@ -157,6 +164,13 @@ fn check_optional(
             task.mixer == Mixer::Linear,
             "tensor initial_state: found one, expected none with --mixer softmax, which has no state; leave it out, or \
              use --mixer linear"
+        );
+        ensure!(
+            !task.is_left_product(),
+            "tensor initial_state: found one, expected none with --method {}, which has no state; leave it out, or use \
+             --method {}",
+            task.method,
+            method::SCANS[0]
         );
         let (letter, rows) = match cu_seqlens {
             Some(cu) => ("N", cu.len() as i64 - 1),

@@ -59,7 +59,7 @@ pub struct Args {
 }
 
 fn methods() -> String {
-    let (linear, softmax) = (method::SCANS, method::ATTENTIONS);
+    let (linear, softmax) = (method::LINEAR, method::ATTENTIONS);
     format!(
         "How ranks exchange what they know, with settings as in {}:blocks=8 [default: {} for linear, {} for softmax] \
          [possible values: linear: {}; softmax: {}]",
@@ -79,13 +79,15 @@ Inputs (B batch, T tokens, H heads, K key and V value dimension, N packed docume
   log_decay      [H], [B, T, H] or [B, T, H, K], at most 0; optional, linear and causal only
   cu_seqlens     [N + 1], from 0 to T: where documents begin and end; optional, B = 1 only
   initial_state  [B, H, K, V], packed [N, H, K, V]; optional, linear only
+                 (with a left product: log_decay [H] only, no initial_state)
   do             [B, T, H, V], the gradient of o; optional, asks for gradients
 
 Outputs:
   o              [B, T, H, V]
-  final_state    [B, H, K, V], packed [N, H, K, V]; linear only
+  final_state    [B, H, K, V], packed [N, H, K, V]; linear only, not by a left product
   dq, dk, dv     as q, k, v; given do
-  dlog_decay, dinitial_state   as log_decay, as final_state; given do, linear only
+  dlog_decay     as log_decay; given do, linear only
+  dinitial_state as final_state; given do, linear only, not by a left product
 
 Linear, causal: M_t = diag(exp(log_decay_t)) M_{t-1} + k_t^T v_t,  o_t = scale q_t M_t
 Linear, full:   o_t = scale q_t (initial_state + sum over the document of k_i^T v_i)
@@ -138,16 +140,23 @@ struct Task {
 impl Task {
     fn new(args: &Args) -> Result<Task> {
         let (mixer, methods) = match args.mixer {
-            Mixer::Linear => ("linear", method::SCANS),
+            Mixer::Linear => ("linear", method::LINEAR),
             Mixer::Softmax => ("softmax", method::ATTENTIONS),
         };
         let method = args.method.as_deref().unwrap_or(methods[0]);
         let expected = match args.mixer {
-            Mixer::Linear => method::check_scan(method).err(),
+            Mixer::Linear => method::check_linear(method).err(),
             Mixer::Softmax => (!methods.contains(&method)).then(|| format!("one of {}", methods.join(", "))),
         };
         if let Some(expected) = expected {
             bail!("--method: found {method:?}, expected for --mixer {mixer} {expected}");
+        }
+        if args.mask == Mask::Full && method::left_product(method).is_some() {
+            bail!(
+                "--method: found {method:?} with --mask full, expected --mask causal: without a mask there is nothing to \
+                 scan, and {} does it",
+                methods[0]
+            );
         }
         if let Some(scale) = args.scale.filter(|scale| !scale.is_finite()) {
             bail!("--scale: found {scale}, expected a finite number");
@@ -169,6 +178,11 @@ impl Task {
             scale: args.scale,
             device: args.device,
         })
+    }
+
+    /// Whether the method knows neither states nor decays that depend on the data.
+    fn is_left_product(&self) -> bool {
+        self.mixer == Mixer::Linear && method::left_product(&self.method).is_some()
     }
 
     fn device(&self, rank: usize) -> Result<Device> {
@@ -200,7 +214,12 @@ fn on_rank(args: &Args, task: &Task, world: &Group) -> Result<()> {
     let _guard = tch::no_grad_guard();
     let whole = if world.rank() == 0 {
         check_output(args)?;
-        Some(inputs::read(&args.input, task).with_context(|| format!("--input {}", args.input.display()))?)
+        let whole = inputs::read(&args.input, task).with_context(|| format!("--input {}", args.input.display()))?;
+        if task.mixer == Mixer::Softmax {
+            let check = method::attention(&task.method)?.check(whole.sizes.heads, world.size());
+            check.with_context(|| format!("--ranks {}", world.size()))?;
+        }
+        Some(whole)
     } else {
         None
     };

@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 use collectives::{Group, Reduce};
+use kernels::linear;
 use kernels::linear::chunkwise::Chunkwise;
-use kernels::linear::{self, Decay};
-use runtime::sequence::{Layout, Plan, Shard, attention, linear as causal, linear_full as full, method};
+use runtime::sequence::left_product::LeftProduct;
+use runtime::sequence::{Layout, LinearMethod, Plan, Shard, attention, linear as causal, linear_full as full, method};
 use tch::Tensor;
 
 use super::inputs::{Inputs, accumulation};
@@ -22,16 +23,17 @@ type Results = Vec<(&'static str, Part)>;
 
 pub fn run(task: &Task, world: &Group, layout: Layout, x: Inputs) -> Result<Results> {
     let plan = Plan::new(layout, x.cu_seqlens.as_deref(), world.rank())?;
-    let (scan, attention) = match task.mixer {
+    let (linear, attention) = match task.mixer {
         Mixer::Linear => (task.method.as_str(), method::ATTENTIONS[0]),
         Mixer::Softmax => (method::SCANS[0], task.method.as_str()),
     };
-    let (linear, attention) = (method::linear(scan, world)?, method::attention(attention)?);
+    let (linear, attention) = (method::linear(linear, world)?, method::attention(attention)?);
     let shard = Shard { group: world.clone(), plan, linear, attention };
-    match task.mixer {
-        Mixer::Softmax => softmax(task, &shard, x),
-        Mixer::Linear if task.causal => linear_causal(task, &shard, x),
-        Mixer::Linear => linear_full(task, &shard, x),
+    match (task.mixer, &shard.linear) {
+        (Mixer::Softmax, _) => softmax(task, &shard, x),
+        (Mixer::Linear, _) if !task.causal => linear_full(task, &shard, x),
+        (Mixer::Linear, LinearMethod::Scan(_)) => linear_causal(task, &shard, x),
+        (Mixer::Linear, LinearMethod::LeftProduct(method)) => left_product(task, &shard, method.as_ref(), x),
     }
 }
 
@@ -54,19 +56,24 @@ fn softmax(task: &Task, shard: &Shard, x: Inputs) -> Result<Results> {
 fn linear_causal(task: &Task, shard: &Shard, x: Inputs) -> Result<Results> {
     let mixer = Chunkwise::new(task.chunk, task.scale.unwrap_or(1.0))?;
     let inputs = linear::Inputs::new(&x.q, &x.k, &x.v, x.log_decay.as_ref())?;
-    let per_head = matches!(inputs.decay, Decay::Head(_));
     let forward = causal::forward(shard, &mixer, inputs, x.initial_state.as_ref())?;
     let final_state = join_states(task, shard, &x, forward.final_states, x.initial_state.as_ref())?;
     let mut results = vec![("o", Part::Tokens(forward.o)), ("final_state", Part::Whole(final_state))];
     if let Some(d_o) = &x.d_o {
         let backward = causal::backward(shard, &mixer, forward.saved, d_o)?;
-        let dlog_decay = match backward.grads.dlog_decay.as_ref() {
-            // This rank's sum over its own tokens.
-            Some(dg) if per_head => Some(Part::Whole(shard.group.all_reduce(dg, Reduce::Sum)?.wait()?)),
-            dg => dg.map(|dg| Part::Tokens(dg.shallow_clone())),
-        };
         let dinitial_state = join_states(task, shard, &x, backward.initial_state_grads, None)?;
-        results.extend(gradients(backward.grads, dlog_decay, dinitial_state));
+        results.extend(gradients(shard, backward.grads)?);
+        results.push(("dinitial_state", Part::Whole(dinitial_state)));
+    }
+    Ok(results)
+}
+
+fn left_product(task: &Task, shard: &Shard, method: &dyn LeftProduct, x: Inputs) -> Result<Results> {
+    let inputs = linear::Inputs::new(&x.q, &x.k, &x.v, x.log_decay.as_ref())?;
+    let forward = method.forward(shard, inputs, task.scale.unwrap_or(1.0))?;
+    let mut results = vec![("o", Part::Tokens(forward.o))];
+    if let Some(d_o) = &x.d_o {
+        results.extend(gradients(shard, method.backward(shard, forward.saved, d_o)?)?);
     }
     Ok(results)
 }
@@ -79,17 +86,23 @@ fn linear_full(task: &Task, shard: &Shard, x: Inputs) -> Result<Results> {
         vec![("o", Part::Tokens(forward.o)), ("final_state", Part::Whole(forward.states.shallow_clone()))];
     if let Some(d_o) = &x.d_o {
         let backward = full::backward(shard, &inputs, &forward.states, d_o, scale)?;
-        results.extend(gradients(backward.grads, None, backward.state_grads));
+        results.extend(gradients(shard, backward.grads)?);
+        results.push(("dinitial_state", Part::Whole(backward.state_grads)));
     }
     Ok(results)
 }
 
-fn gradients(grads: linear::Grads, dlog_decay: Option<Part>, dinitial_state: Tensor) -> Results {
+fn gradients(shard: &Shard, grads: linear::Grads) -> Result<Results> {
     let mut results =
         vec![("dq", Part::Tokens(grads.dq)), ("dk", Part::Tokens(grads.dk)), ("dv", Part::Tokens(grads.dv))];
-    results.extend(dlog_decay.map(|dg| ("dlog_decay", dg)));
-    results.push(("dinitial_state", Part::Whole(dinitial_state)));
-    results
+    results.extend(match grads.dlog_decay {
+        // `[H]`: this rank's sum over its own tokens.
+        Some(dg) if dg.dim() == 1 => {
+            Some(("dlog_decay", Part::Whole(shard.group.all_reduce(&dg, Reduce::Sum)?.wait()?)))
+        }
+        dg => dg.map(|dg| ("dlog_decay", Part::Tokens(dg))),
+    });
+    Ok(results)
 }
 
 /// The states of all documents `[N, H, K, V]` (one document: `[B, H, K, V]`) on every rank, from those that each rank knows.

@@ -67,7 +67,17 @@ pub fn command(ranks: Ranks) -> Command {
     }
 }
 
+/// Much longer than any command here takes: what runs on after that hangs.
+const LIMIT: Duration = Duration::from_secs(600);
+
+#[track_caller]
 pub fn run(command: &mut Command) -> Ran {
+    run_within(LIMIT, command)
+}
+
+/// Runs it, or fails when it has not ended by then.
+#[track_caller]
+pub fn run_within(limit: Duration, command: &mut Command) -> Ran {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("the program starts");
     let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
@@ -78,11 +88,28 @@ pub fn run(command: &mut Command) -> Ran {
         stdout.read_to_end(&mut bytes).expect("stdout is read");
         (first, bytes)
     });
-    let output = child.wait_with_output().expect("the program ends");
+    let mut stderr = child.stderr.take().expect("a pipe");
+    let errors = thread::spawn(move || {
+        let mut bytes = vec![];
+        stderr.read_to_end(&mut bytes).expect("stderr is read");
+        bytes
+    });
+    let started = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("the program ends") {
+            break status;
+        }
+        if started.elapsed() > limit {
+            child.kill().expect("the program is killed");
+            panic!("still running after {limit:?}: {command:?}");
+        }
+        thread::sleep(Duration::from_millis(2));
+    };
     let ended = Instant::now();
     let (first, stdout) = lines.join().expect("stdout is read");
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Ran { ok: output.status.success(), out: text(stdout), err: text(output.stderr), since_first_line: ended - first }
+    let err = text(errors.join().expect("stderr is read"));
+    Ran { ok: status.success(), out: text(stdout), err, since_first_line: ended - first }
 }
 
 pub fn lasp(args: &[&str]) -> Ran {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use error::{Error, Result};
 pub use raw::{Origin, RawConfig};
 pub use sections::{
-    CheckpointConfig, DataConfig, DataKind, DecayKind, Dtype, LayerKind, LayoutKind, ModelConfig, OptimizerConfig,
+    CheckpointConfig, DataConfig, DataKind, DecayKind, DeviceKind, Dtype, LayerKind, LayoutKind, ModelConfig, OptimizerConfig,
     ParallelConfig, SampleConfig, TrainConfig,
 };
 
@@ -69,7 +69,8 @@ impl Config {
         if !train.batch.is_multiple_of(dp * train.micro_batch) {
             return Err(Error::Batch { batch: train.batch, micro_batch: train.micro_batch, ranks, sp, dp });
         }
-        if self.model.layer_kinds().contains(&LayerKind::Softmax) {
+        let decided = self.parallel.softmax_method != method::AUTO;
+        if decided && self.model.layer_kinds().contains(&LayerKind::Softmax) {
             let check = method::attention(&self.parallel.softmax_method).and_then(|m| m.check(self.model.heads, sp));
             check.map_err(|error| Error::Softmax(error.to_string()))?;
         }

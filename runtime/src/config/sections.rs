@@ -59,6 +59,17 @@ impl Dtype {
     }
 }
 
+/// What a rank computes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// A GPU where there is one.
+    Auto,
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
 /// Where tokens come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -156,10 +167,13 @@ pub struct ParallelConfig {
     /// Which tokens each rank holds. Default "contiguous".
     pub layout: LayoutKind,
     /// How linear layers carry their state across ranks; one of `LINEAR_METHODS`, with settings as in
-    /// "all_scan:blocks=8". Default "lasp2".
+    /// "all_scan:blocks=8"; or "auto", the one that the cost model finds quickest. Default "lasp2".
     pub linear_method: String,
-    /// How softmax layers attend across ranks; one of `SOFTMAX_METHODS`. Default "lasp2h".
+    /// How softmax layers attend across ranks; one of `SOFTMAX_METHODS`, or "auto". Default "lasp2h".
     pub softmax_method: String,
+    /// The machine that "auto" decides for: a preset of `lasp simulate`, or a file that `lasp calibrate` wrote. Default "":
+    /// machine.toml if there is one, else a preset.
+    pub machine: String,
 }
 
 impl Default for ParallelConfig {
@@ -170,6 +184,7 @@ impl Default for ParallelConfig {
             layout: LayoutKind::Contiguous,
             linear_method: "lasp2".to_owned(),
             softmax_method: "lasp2h".to_owned(),
+            machine: String::new(),
         }
     }
 }
@@ -190,6 +205,10 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Element type of parameters and activations. Default "f32".
     pub dtype: Dtype,
+    /// What ranks compute on: "cpu", "cuda", or "auto", which is a GPU where there is one. Default "auto".
+    pub device: DeviceKind,
+    /// Dense bf16 TFLOP/s of one device, of which the MFU is a share; 0: known for A100, H100 and H200, else no MFU. Default 0.
+    pub peak_tflops: f64,
     /// Whether layers recompute their activations in backward instead of keeping them. Default false.
     pub activation_checkpointing: bool,
     /// Steps between lines on the terminal. Default 1.
@@ -211,6 +230,8 @@ impl Default for TrainConfig {
             micro_batch: 1,
             seed: 0,
             dtype: Dtype::F32,
+            device: DeviceKind::Auto,
+            peak_tflops: 0.0,
             activation_checkpointing: false,
             log_every: 1,
             validate_every: 0,
@@ -294,7 +315,7 @@ impl Default for DataConfig {
 pub struct CheckpointConfig {
     /// Steps between checkpoints; 0: only at the end. Default 0.
     pub every: u64,
-    /// How many of the newest checkpoints to keep. Default 2.
+    /// How many of the newest checkpoints to keep; 0: none is written, as benchmarks want it. Default 2.
     pub keep: usize,
 }
 

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use super::{Config, DataKind, DecayKind, SOFTMAX_METHODS};
-use crate::sequence::method::{LEFT_PRODUCTS, check_linear};
+use crate::sequence::method::{AUTO, LEFT_PRODUCTS, check_linear};
 
 /// One rule broken: the key, its value, and what would have been right.
 pub(super) struct Violation {
@@ -20,7 +20,6 @@ pub(super) fn check(config: &Config) -> Check {
     train(config)?;
     optimizer(config)?;
     data(config)?;
-    require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "at least 1")?;
     let temperature = config.sample.temperature;
     require(
         temperature.is_finite() && temperature >= 0.0,
@@ -80,7 +79,10 @@ fn model(config: &Config) -> Check {
 fn parallel(config: &Config) -> Check {
     let parallel = &config.parallel;
     let linear = &parallel.linear_method;
-    let expected = check_linear(linear).err().unwrap_or_default();
+    let expected = match check_linear(linear) {
+        Err(expected) if linear != AUTO => format!("{expected}, or {AUTO:?}"),
+        _ => String::new(),
+    };
     require(expected.is_empty(), "parallel.linear_method", format!("{linear:?}"), expected)?;
     let constant = matches!(config.model.decay, DecayKind::None | DecayKind::Lightning | DecayKind::Retention);
     require(
@@ -89,7 +91,8 @@ fn parallel(config: &Config) -> Check {
         format!("{linear:?}"),
         "a method that carries states, such as \"lasp2\", or model.decay = \"none\", \"lightning\" or \"retention\"",
     )?;
-    one_of("parallel.softmax_method", &parallel.softmax_method, SOFTMAX_METHODS)
+    let choices = [SOFTMAX_METHODS, &[AUTO]].concat();
+    one_of("parallel.softmax_method", &parallel.softmax_method, &choices)
 }
 
 fn train(config: &Config) -> Check {

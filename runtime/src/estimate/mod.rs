@@ -1,7 +1,8 @@
 //! What a configuration would need, by formulas: parameters, memory, messages and floating-point operations of one rank
 //! and one optimizer step. Nothing is allocated and no rank is started; `lasp plan` prints it.
 //!
-//! Parameters and traffic are exact (tests hold them against the model and the flight recorder). Memory is what the
+//! Parameters and traffic are exact (tests hold them against the model and the flight recorder), but for the messages of a
+//! truncated scan, counted as if nothing decayed away. Memory is what the
 //! formulas of `memory` count, which leaves out libraries and what an allocator leaves unused: peaks measured on the CPU,
 //! with malloc kept from hoarding, grew with the tokens as estimated within 6 %, checkpointed within 16 %. Documents, if
 //! sequences have them, only lower the work of softmax layers; it is counted as if each sequence were one.
@@ -14,7 +15,7 @@ mod traffic;
 use serde::Serialize;
 
 use crate::config::{Config, LayerKind};
-use crate::sequence::{self, Layout};
+use crate::sequence::{self, Layout, Plan};
 
 pub use flops::Flops;
 pub use memory::{Activations, Memory};
@@ -115,7 +116,7 @@ pub fn estimate(config: &Config) -> sequence::Result<Estimate> {
         },
         shapes: shapes(config, &sizes),
         memory: memory::count(config, &sizes, &parameters),
-        traffic: traffic::count(config, &sizes, &layout, &parameters, sizes.rank),
+        traffic: traffic::count(config, &sizes, &Plan::new(layout, None, sizes.rank)?, &parameters)?,
         flops: flops::count(config, &sizes, &parameters),
         parameters,
     })
@@ -125,7 +126,19 @@ pub fn estimate(config: &Config) -> sequence::Result<Estimate> {
 pub fn traffic_of(config: &Config, rank: usize) -> sequence::Result<Traffic> {
     let layout = Layout::new(config.parallel.layout, config.train.seq_len as i64, config.parallel.sp)?;
     let sizes = Sizes::new(config, &layout);
-    Ok(traffic::count(config, &sizes, &layout, &Parameters::count(&config.model), rank))
+    traffic::count(config, &sizes, &Plan::new(layout, None, rank)?, &Parameters::count(&config.model))
+}
+
+/// The traffic of the rank of the sp axis that moves the most bytes, the first of equals.
+pub fn busiest_traffic(config: &Config) -> sequence::Result<Traffic> {
+    let mut most = traffic_of(config, 0)?;
+    for rank in 1..config.parallel.sp {
+        let traffic = traffic_of(config, rank)?;
+        if traffic.total.bytes() > most.total.bytes() {
+            most = traffic;
+        }
+    }
+    Ok(most)
 }
 
 impl Sizes {

@@ -53,6 +53,12 @@ pub struct StepRecord {
     /// Validation loss after this step, in nats a token, if it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub val_loss: Option<f64>,
+    /// Model FLOPs utilisation of this step, from 0 to 1, where the devices' peak is known; its formula is in `train::mfu`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
+    /// Most bytes that tensors have taken on this rank's GPU since the start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
 }
 
 fn number<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {

@@ -14,6 +14,12 @@ pub fn format_line(record: &StepRecord, total_steps: u64, seconds_left: Option<f
         format_si(record.tokens_per_s),
         record.exposed_comm_pct,
     );
+    if let Some(mfu) = record.mfu {
+        line += &format!("  mfu {:>4.1}%", 100.0 * mfu);
+    }
+    if let Some(bytes) = record.peak_bytes {
+        line += &format!("  mem {:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
+    }
     if let Some(seconds) = seconds_left {
         line += &format!("  left {:>6}", format_duration(seconds));
     }
@@ -110,6 +116,8 @@ mod tests {
             exposed_comm_pct: 3.12,
             step_ms: 0.0,
             val_loss: Some(2.4),
+            mfu: None,
+            peak_bytes: None,
         };
         let line = format_line(&record, 400, Some(130.0));
         assert_eq!(
@@ -122,5 +130,7 @@ mod tests {
         record.lr = 1.0e-10;
         assert_eq!(format_line(&record, 400, Some(59.0)).len(), line.len() - "  val 2.400".len());
         assert!(!format_line(&record, 400, None).contains("left"));
+        (record.mfu, record.peak_bytes) = (Some(0.5593), Some(50 << 30));
+        assert!(format_line(&record, 400, None).ends_with("comm  3.1%  mfu 55.9%  mem 50.0 GiB"));
     }
 }

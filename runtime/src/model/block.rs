@@ -4,8 +4,9 @@ use tch::Tensor;
 
 use super::linear_layer::{self, LinearLayer};
 use super::softmax_layer::{self, SoftmaxLayer};
-use super::{Cache, Context, Init, KvCache, Params, Result, Spec, rms_norm};
+use super::{Cache, Context, Init, KvCache, Params, Result, Spec, fused, rms_norm};
 use crate::config::{LayerKind, ModelConfig};
+use crate::sequence::LinearMethod;
 
 /// Parameters of one block. What writes into the residual stream starts smaller, by the root of how many do (GPT-2).
 pub(super) fn specs(config: &ModelConfig, layer: usize, kind: LayerKind) -> Vec<Spec> {
@@ -34,11 +35,26 @@ enum Mixer {
 pub struct Block {
     mixer: Mixer,
     attn_norm: Tensor,
-    mlp_norm: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
+    mlp: Mlp,
     eps: f64,
+}
+
+/// `x + down(silu(gate(norm(x))) * up(norm(x)))`.
+pub(super) struct Mlp {
+    pub norm: Tensor,
+    pub w_gate: Tensor,
+    pub w_up: Tensor,
+    pub w_down: Tensor,
+    pub eps: f64,
+}
+
+impl Mlp {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let normed = rms_norm(x, &self.norm, self.eps)?;
+        let project = |w: &Tensor| normed.f_linear(w, None::<&Tensor>);
+        let hidden = project(&self.w_gate)?.f_silu()?.f_mul(&project(&self.w_up)?)?;
+        Ok(x.f_add(&hidden.f_linear(&self.w_down, None::<&Tensor>)?)?)
+    }
 }
 
 impl Block {
@@ -52,22 +68,34 @@ impl Block {
                 LayerKind::Softmax => Mixer::Softmax(SoftmaxLayer::new(config, params, &attn)?),
             },
             attn_norm: get("attn_norm")?,
-            mlp_norm: get("mlp_norm")?,
-            w_gate: get("mlp.w_gate")?,
-            w_up: get("mlp.w_up")?,
-            w_down: get("mlp.w_down")?,
+            mlp: Mlp {
+                norm: get("mlp_norm")?,
+                w_gate: get("mlp.w_gate")?,
+                w_up: get("mlp.w_up")?,
+                w_down: get("mlp.w_down")?,
+                eps: config.norm_eps,
+            },
             eps: config.norm_eps,
         })
     }
 
     /// x `[B, T, D]`, this rank's tokens -> `[B, T, D]`.
     pub fn forward(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
+        match &self.mixer {
+            Mixer::Linear(layer) if context.fused && matches!(context.shard.linear, LinearMethod::Scan(_)) => {
+                return fused::mlp(&self.mlp, &fused::linear(layer, &self.attn_norm, context, x)?);
+            }
+            Mixer::Softmax(layer) if context.fused => {
+                return fused::mlp(&self.mlp, &fused::softmax(layer, &self.attn_norm, self.eps, context, x)?);
+            }
+            _ => {}
+        }
         let normed = rms_norm(x, &self.attn_norm, self.eps)?;
         let mixed = match &self.mixer {
             Mixer::Linear(layer) => layer.forward(context, &normed)?,
             Mixer::Softmax(layer) => layer.forward(context, &normed)?,
         };
-        self.mlp(&x.f_add(&mixed)?)
+        self.mlp.forward(&x.f_add(&mixed)?)
     }
 
     pub(super) fn decode(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
@@ -77,7 +105,7 @@ impl Block {
             (Mixer::Softmax(layer), Cache::Kv(cache)) => layer.decode(&normed, cache)?,
             _ => return Err(kernels::Error::Unsupported("a cache of another kind of layer".to_owned()).into()),
         };
-        self.mlp(&x.f_add(&mixed)?)
+        self.mlp.forward(&x.f_add(&mixed)?)
     }
 
     pub(super) fn cache(&self) -> Cache {
@@ -87,13 +115,6 @@ impl Block {
         }
     }
 
-    fn mlp(&self, x: &Tensor) -> Result<Tensor> {
-        let normed = rms_norm(x, &self.mlp_norm, self.eps)?;
-        let project = |w: &Tensor| normed.f_linear(w, None::<&Tensor>);
-        let hidden = project(&self.w_gate)?.f_silu()?.f_mul(&project(&self.w_up)?)?;
-        Ok(x.f_add(&hidden.f_linear(&self.w_down, None::<&Tensor>)?)?)
-    }
-
     pub(super) fn shallow_clone(&self) -> Self {
         Self {
             mixer: match &self.mixer {
@@ -101,10 +122,13 @@ impl Block {
                 Mixer::Softmax(layer) => Mixer::Softmax(layer.shallow_clone()),
             },
             attn_norm: self.attn_norm.shallow_clone(),
-            mlp_norm: self.mlp_norm.shallow_clone(),
-            w_gate: self.w_gate.shallow_clone(),
-            w_up: self.w_up.shallow_clone(),
-            w_down: self.w_down.shallow_clone(),
+            mlp: Mlp {
+                norm: self.mlp.norm.shallow_clone(),
+                w_gate: self.mlp.w_gate.shallow_clone(),
+                w_up: self.mlp.w_up.shallow_clone(),
+                w_down: self.mlp.w_down.shallow_clone(),
+                ..self.mlp
+            },
             eps: self.eps,
         }
     }

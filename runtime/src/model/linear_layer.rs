@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use kernels::linear::chunkwise::Chunkwise;
-use kernels::linear::{Inputs, StateMixer};
+use kernels::linear::{self, Inputs, StateMixer};
 use tch::Tensor;
 
 use super::{Context, Init, Params, Result, Spec, constant_decay, rms_norm};
@@ -57,16 +56,16 @@ enum Gate {
 }
 
 pub struct LinearLayer {
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    wo: Tensor,
-    wg: Option<Tensor>,
-    o_norm: Tensor,
+    pub(super) wq: Tensor,
+    pub(super) wk: Tensor,
+    pub(super) wv: Tensor,
+    pub(super) wo: Tensor,
+    pub(super) wg: Option<Tensor>,
+    pub(super) o_norm: Tensor,
     gate: Gate,
-    mixer: Arc<Chunkwise>,
-    heads: i64,
-    eps: f64,
+    pub(super) mixer: Arc<dyn StateMixer>,
+    pub(super) heads: i64,
+    pub(super) eps: f64,
 }
 
 /// q, k, v `[B, T, H, K]` and the log-decay of some tokens.
@@ -84,7 +83,10 @@ impl LinearLayer {
             DecayKind::None => Gate::None,
             DecayKind::Lightning | DecayKind::Retention => {
                 match constant_decay(config.decay, config.heads, layer, config.layers)? {
-                    Some(g) => Gate::Constant(g.f_to_kind(kernels::linear::accumulation_kind(params.flat.kind()))?),
+                    Some(g) => {
+                        let kind = linear::accumulation_kind(params.flat.kind());
+                        Gate::Constant(g.f_to_kind(kind)?.f_to_device(params.flat.device())?)
+                    }
                     None => Gate::None,
                 }
             }
@@ -102,7 +104,7 @@ impl LinearLayer {
             wg: config.output_gate.then(|| get("wg")).transpose()?,
             o_norm: get("o_norm")?,
             gate,
-            mixer: Arc::new(Chunkwise::new(config.chunk, scale)?),
+            mixer: linear::mixer(config.chunk, scale)?,
             heads: config.heads,
             eps: config.norm_eps,
         })
@@ -129,15 +131,7 @@ impl LinearLayer {
         let project = |w: &Tensor| -> Result<Tensor> {
             Ok(x.f_linear(w, None::<&Tensor>)?.f_view([b, t, self.heads, d / self.heads])?)
         };
-        let log_decay = match &self.gate {
-            Gate::None => None,
-            Gate::Constant(g) => Some(g.shallow_clone()),
-            Gate::Token { w, b } => Some(x.f_linear(w, Some(b))?.f_softplus()?.f_neg()?),
-            Gate::Channel { down, up, b: bias } => {
-                let rates = x.f_linear(down, None::<&Tensor>)?.f_linear(up, Some(bias))?.f_softplus()?.f_neg()?;
-                Some(rates.f_view([b, t, self.heads, d / self.heads])?)
-            }
-        };
+        let log_decay = self.log_decay(x)?;
         // SiLU as the feature map of q and k, as Lightning attention has it.
         Ok(Projected {
             q: project(&self.wq)?.f_silu()?,
@@ -145,6 +139,25 @@ impl LinearLayer {
             v: project(&self.wv)?,
             log_decay,
         })
+    }
+
+    /// Of the tokens x `[B, T, D]`: `[H]`, `[B, T, H]` or `[B, T, H, K]`.
+    pub(super) fn log_decay(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let (b, t, d) = x.size3()?;
+        Ok(match &self.gate {
+            Gate::None => None,
+            Gate::Constant(g) => Some(g.shallow_clone()),
+            Gate::Token { w, b } => Some(x.f_linear(w, Some(b))?.f_softplus()?.f_neg()?),
+            Gate::Channel { down, up, b: bias } => {
+                let rates = x.f_linear(down, None::<&Tensor>)?.f_linear(up, Some(bias))?.f_softplus()?.f_neg()?;
+                Some(rates.f_view([b, t, self.heads, d / self.heads])?)
+            }
+        })
+    }
+
+    /// Whether the decay depends on parameters.
+    pub(super) fn learns_decay(&self) -> bool {
+        matches!(self.gate, Gate::Token { .. } | Gate::Channel { .. })
     }
 
     fn output(&self, x: &Tensor, o: &Tensor) -> Result<Tensor> {

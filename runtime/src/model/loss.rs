@@ -1,13 +1,15 @@
 //! The output projection and the cross-entropy as one node: the logits exist for one chunk of tokens at a time, and their
 //! gradient is taken while they do. Memory of `[T, vocab]` would exceed that of the rest for a vocabulary of 128,256.
 
+use kernels::block;
 use tch::{Kind, Reduction, Tensor};
 
 use super::Result;
 use crate::data::IGNORE_INDEX;
 
-/// Logits of one chunk, in numbers.
+/// Logits of one chunk, in numbers: on the CPU a part of its cache, on a GPU 1 GiB in bf16, for products that fill it.
 const CHUNK: i64 = 1 << 22;
+const CHUNK_CUDA: i64 = 1 << 29;
 
 /// Tokens whose logits exist at once, of `tokens`.
 pub(crate) fn chunk(vocab: i64, tokens: i64) -> i64 {
@@ -23,12 +25,16 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, labels: &Tensor) -
     let (loss, grads) = {
         let with_grad = hidden.requires_grad();
         let _guard = tch::no_grad_guard();
-        forward(hidden, weight, labels, kind, with_grad)?
+        if hidden.device().is_cuda() {
+            fused(hidden, weight, labels, kind, with_grad, (CHUNK_CUDA / weight.size()[0] / 128 * 128).max(128))?
+        } else {
+            forward(hidden, weight, labels, kind, with_grad)?
+        }
     };
     if let Some((d_hidden, d_weight)) = grads {
         kernels::bridge::attach(&[hidden, weight], &[&loss], move |mut grads: Vec<Option<Tensor>>| {
             let Some(grad) = grads.swap_remove(0) else { return Ok(vec![None, None]) };
-            let times = |x: Tensor| -> kernels::Result<Tensor> { Ok(x.f_mul(&grad.f_to_kind(x.kind())?)?) };
+            let times = |mut x: Tensor| -> kernels::Result<Tensor> { Ok(x.f_mul_(&grad.f_to_kind(x.kind())?)?) };
             Ok(vec![Some(times(d_hidden)?), Some(times(d_weight)?)])
         })?;
     }
@@ -76,6 +82,41 @@ fn forward(hidden: &Tensor, weight: &Tensor, labels: &Tensor, kind: Kind, with_g
     Ok((loss, grads))
 }
 
+/// The same with the logits in the kind of `hidden`, and their gradient in their place, for a GPU; `step` tokens at once.
+fn fused(
+    hidden: &Tensor,
+    weight: &Tensor,
+    labels: &Tensor,
+    kind: Kind,
+    with_grad: bool,
+    step: i64,
+) -> Result<(Tensor, Grads)> {
+    let (vocab, d) = weight.size2()?;
+    let (rows, labels) = (hidden.f_reshape([-1, d])?, labels.f_reshape([-1])?);
+    let count = rows.size()[0];
+    let step = step.clamp(1, count.max(1));
+    let mut loss = Tensor::f_zeros([], (kind, hidden.device()))?;
+    let (d_hidden, mut d_weight) = match with_grad {
+        true => (rows.f_empty_like()?, Tensor::f_zeros([vocab, d], (kind, hidden.device()))?),
+        false => (Tensor::new(), Tensor::new()),
+    };
+    for start in (0..count).step_by(step as usize) {
+        let length = step.min(count - start);
+        let (h, labels) = (rows.f_narrow(0, start, length)?, labels.f_narrow(0, start, length)?);
+        let logits = h.f_mm(&weight.f_transpose(0, 1)?)?; // [step, vocab]
+        let (losses, d_logits) = block::cross_entropy(logits, &labels, IGNORE_INDEX, with_grad)?;
+        let _ = loss.f_add_(&losses.f_sum(kind)?)?;
+        if let Some(d_logits) = d_logits {
+            let _ = d_logits.f_mm_out(&d_hidden.f_narrow(0, start, length)?, weight)?;
+            block::add_product(&mut d_weight, &d_logits.f_transpose(0, 1)?, &h)?;
+        }
+    }
+    if !with_grad {
+        return Ok((loss, None));
+    }
+    Ok((loss, Some((d_hidden.f_view(hidden.size().as_slice())?, d_weight.f_to_kind(weight.kind())?))))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,5 +140,12 @@ mod tests {
         assert_close("loss", &loss, &plain, 1e-12);
         assert_close("d hidden", &ours_h, &h2.grad(), 1e-12);
         assert_close("d weight", &ours_w, &w2.grad(), 1e-12);
+        for step in [1, 4, 100] {
+            let (loss, grads) = fused(&h.detach(), &w.detach(), &labels, Kind::Double, true, step).unwrap();
+            let (d_hidden, d_weight) = grads.unwrap();
+            assert_close("fused loss", &loss, &plain, 1e-12);
+            assert_close("fused d hidden", &(d_hidden * 0.3), &h2.grad(), 1e-12);
+            assert_close("fused d weight", &(d_weight * 0.3), &w2.grad(), 1e-12);
+        }
     }
 }

@@ -2,11 +2,12 @@
 //! softmax attention, in the order of a pattern such as `LLLN`. LASP-2 (arXiv 2502.07563), section 4.
 //!
 //! Read from [`Model::forward`] downwards: a sequence's context, the blocks, the loss. The body is ordinary tensor code
-//! under libtorch's autograd; only the mixers know that a sequence lies on several ranks.
+//! under libtorch's autograd, or on GPUs the nodes of `fused`; only the mixers know that a sequence lies on several ranks.
 
 mod block;
 mod context;
 mod decay;
+mod fused;
 mod linear_layer;
 pub mod loss;
 mod params;

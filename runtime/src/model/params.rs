@@ -62,7 +62,7 @@ impl Params {
         for first in [true, false] {
             for spec in specs.iter().filter(|spec| spec.decayed == first) {
                 let mut view = flat.f_narrow(0, start, spec.numel())?;
-                view.f_copy_(&initial(spec, seed)?)?;
+                view.f_copy_(&initial(spec, seed, device)?)?;
                 let leaf = view.f_view(spec.shape.as_slice())?.f_detach()?.f_set_requires_grad(true)?;
                 index.insert(spec.name.clone(), entries.len());
                 entries.push(Entry { name: spec.name.clone(), start, shape: spec.shape.clone(), leaf });
@@ -82,6 +82,14 @@ impl Params {
     pub fn get(&self, name: &str) -> Result<Tensor> {
         let at = self.index.get(name).ok_or_else(|| Error::NoParameter(name.to_owned()))?;
         Ok(self.entries[*at].leaf.shallow_clone())
+    }
+
+    /// Makes the views of `sum` `[P]`, of any floating-point kind, the places where backward adds up the leaves' gradients.
+    pub fn share_grads(&self, sum: &Tensor) -> Result<()> {
+        for ((_, share), entry) in self.split(sum)?.iter().zip(&self.entries) {
+            kernels::bridge::set_grad(&entry.leaf, share)?;
+        }
+        Ok(())
     }
 
     /// Adds the leaves' gradients to `sum` `[P]` and forgets them.
@@ -120,11 +128,15 @@ impl Params {
     }
 }
 
-fn initial(spec: &Spec, seed: u64) -> Result<Tensor> {
+/// On a GPU the same numbers but for rounding; there a billion of them take milliseconds.
+fn initial(spec: &Spec, seed: u64, device: Device) -> Result<Tensor> {
     let count = spec.numel() as usize;
     let numbers: Vec<f32> = match spec.init {
         Init::Normal(std) => {
             let key = spec.name.bytes().fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)));
+            if device.is_cuda() {
+                return Ok(kernels::cuda::ops::normal(key, spec.numel(), std, device)?);
+            }
             normal(key, count, std)
         }
         Init::Constant(value) => vec![value as f32; count],

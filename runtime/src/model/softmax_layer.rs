@@ -21,11 +21,11 @@ pub(super) fn specs(config: &ModelConfig, prefix: &str, residual: Init) -> Vec<S
 }
 
 pub struct SoftmaxLayer {
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    wo: Tensor,
-    head_dim: i64,
+    pub(super) wq: Tensor,
+    pub(super) wk: Tensor,
+    pub(super) wv: Tensor,
+    pub(super) wo: Tensor,
+    pub(super) head_dim: i64,
     rope_base: f64,
 }
 
@@ -49,7 +49,7 @@ impl SoftmaxLayer {
         })
     }
 
-    fn scale(&self) -> f64 {
+    pub(super) fn scale(&self) -> f64 {
         1.0 / (self.head_dim as f64).sqrt()
     }
 
@@ -80,8 +80,10 @@ impl SoftmaxLayer {
     /// q `[B, T, H, K]`, k, v `[B, T, Hkv, K]`; q and k turned.
     fn project(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
         let (b, t, _) = x.size3()?;
-        let project =
-            |w: &Tensor| -> Result<Tensor> { Ok(x.f_linear(w, None::<&Tensor>)?.f_view([b, t, -1, self.head_dim])?) };
+        let project = |w: &Tensor| -> Result<Tensor> {
+            let heads = w.size()[0] / self.head_dim;
+            Ok(x.f_linear(w, None::<&Tensor>)?.f_view([b, t, heads, self.head_dim])?)
+        };
         Ok((rotary(&project(&self.wq)?, cos, sin)?, rotary(&project(&self.wk)?, cos, sin)?, project(&self.wv)?))
     }
 

@@ -12,6 +12,11 @@ pub enum Error {
     Shape { tensor: &'static str, found: Vec<i64>, expected: String },
     #[error("method {found:?}: expected {expected} (parallel.linear_method)")]
     Method { found: String, expected: String },
+    #[error(
+        "{key} = \"auto\" is still to be decided: expected the name of a method here; lasp decides before it starts ranks \
+         (parallel.machine), a program of your own must name one"
+    )]
+    Undecided { key: &'static str },
     #[error("{0}")]
     Unsupported(String),
     #[error(transparent)]

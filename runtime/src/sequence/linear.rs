@@ -26,6 +26,13 @@ pub struct Saved {
     transitions: Transitions,
 }
 
+impl Saved {
+    /// The inputs, which who computes them again need not keep until [`backward`].
+    pub(crate) fn inputs(&mut self) -> &mut Inputs {
+        &mut self.x
+    }
+}
+
 /// Gradients of this rank's tokens; `dlog_decay` in the shape of the decay (`[H]`: summed over this rank's tokens).
 pub struct Backward {
     pub grads: Grads,

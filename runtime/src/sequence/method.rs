@@ -9,9 +9,9 @@ use collectives::Group;
 
 use super::attention::{Attention, Lasp2h, MegatronSp, Ring, Ulysses};
 use super::left_product::{LeftProduct, MegatronSpLeftProduct, RingLeftProduct};
-use super::scan::{AllScan, Hierarchical, Lasp1, Lasp2, Scan, Truncated};
+use super::scan::{AllScan, DecayForm, Hierarchical, Lasp1, Lasp2, Scan, StateSize, Truncated, hierarchical_traffic};
 use super::settings::Settings;
-use super::{Error, LinearMethod, Result};
+use super::{Error, LayerSizes, LinearMethod, Plan, Result, Traffic};
 
 /// Names of the scans, for linear layers.
 pub const SCANS: &[&str] = &["lasp2", "lasp1", "all_scan", "hierarchical"];
@@ -22,11 +22,15 @@ pub const LINEAR: &[&str] = &joined::<{ SCANS.len() + LEFT_PRODUCTS.len() }>(SCA
 /// Names of the methods for softmax layers.
 pub const ATTENTIONS: &[&str] = &["lasp2h", "ring", "ulysses", "megatron_sp"];
 
+/// In a configuration: whichever the cost model finds quickest. The program puts a method in its place before it builds anything.
+pub const AUTO: &str = "auto";
+
 /// GPUs of most nodes.
 const NODE: usize = 8;
 
 /// The scan that `found` names, for the ranks of `group`. Collective: to be called once in a run, on every rank.
 pub fn scan(found: &str, group: &Group) -> Result<Arc<dyn Scan>> {
+    decided(found, "parallel.linear_method")?;
     let choice = choose(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
     Ok(match choice {
         Choice::Lasp2(scan) => Arc::new(scan),
@@ -39,6 +43,7 @@ pub fn scan(found: &str, group: &Group) -> Result<Arc<dyn Scan>> {
 
 /// The method that `found` names, a scan or a left product. Collective as [`scan`] is.
 pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
+    decided(found, "parallel.linear_method")?;
     match left_product(found) {
         Some(method) => Ok(LinearMethod::LeftProduct(method)),
         None => {
@@ -46,6 +51,25 @@ pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
             Ok(LinearMethod::Scan(scan(found, group)?))
         }
     }
+}
+
+/// What the plan's rank moves for one linear layer under the method that `found` names. No group is needed.
+pub fn linear_traffic(found: &str, plan: &Plan, layer: &LayerSizes, decay: DecayForm) -> Result<Traffic> {
+    decided(found, "parallel.linear_method")?;
+    if let Some(method) = left_product(found) {
+        return Ok(method.traffic(plan, layer));
+    }
+    let choice = choose(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
+    let scan: &dyn Scan = match &choice {
+        Choice::Lasp2(scan) => scan,
+        Choice::Truncated(scan) => scan,
+        Choice::Lasp1(scan) => scan,
+        Choice::AllScan(scan) => scan,
+        Choice::Hierarchical { node } => {
+            return Ok(hierarchical_traffic(*node, &plan.chain, plan.rank, &StateSize::of_layer(layer, decay)));
+        }
+    };
+    Ok(scan.traffic(&plan.chain, plan.rank, &StateSize::of_layer(layer, decay)))
 }
 
 /// Whether `found` names a method for linear layers; if not, what was expected.
@@ -117,7 +141,13 @@ fn one_of(known: &[&str]) -> String {
     format!("one of {}", quoted.join(", "))
 }
 
+/// An error if the method is still to be chosen.
+fn decided(found: &str, key: &'static str) -> Result<()> {
+    if found == AUTO { Err(Error::Undecided { key }) } else { Ok(()) }
+}
+
 pub fn attention(name: &str) -> Result<Arc<dyn Attention>> {
+    decided(name, "parallel.softmax_method")?;
     match name {
         "lasp2h" => Ok(Arc::new(Lasp2h::default())),
         "ring" => Ok(Arc::new(Ring)),
@@ -149,6 +179,17 @@ mod tests {
             ("lasp1:node=2", "lasp1 without settings; it knows no \"node\"".to_owned()),
         ] {
             assert_eq!(check_linear(wrong), Err(expected), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn auto_must_be_decided_before() {
+        for (found, key) in [
+            (collectives::local::run(1, |group| linear(AUTO, &group).map(drop)).unwrap_err(), "parallel.linear_method"),
+            (attention(AUTO).map(drop).unwrap_err(), "parallel.softmax_method"),
+        ] {
+            let message = found.to_string();
+            assert!(message.contains(&format!("{key} = \"auto\"")), "{message}");
         }
     }
 

@@ -21,18 +21,17 @@ mod whole;
 use std::sync::Arc;
 
 use collectives::Group;
-use kernels::linear::chunkwise::Chunkwise;
-use kernels::linear::{Grads, Inputs};
+use kernels::linear::{Grads, Inputs, StateMixer};
 use tch::Tensor;
 
 pub use error::{Error, Result};
 pub use layout::Layout;
 pub use plan::{Chain, Link, Piece, Plan};
-pub use traffic::{Bytes, LayerSizes, Traffic};
+pub use traffic::{Bytes, Count, LayerSizes, Messages, Traffic};
 
 use attention::Attention;
 use left_product::LeftProduct;
-use scan::Scan;
+use scan::{DecayForm, Scan, StateSize};
 
 /// How the linear layers of all ranks meet.
 #[derive(Clone)]
@@ -41,6 +40,16 @@ pub enum LinearMethod {
     Scan(Arc<dyn Scan>),
     /// By their keys and values, as the paper's baselines.
     LeftProduct(Arc<dyn LeftProduct>),
+}
+
+impl LinearMethod {
+    /// What the plan's rank sends and receives for one layer.
+    pub fn traffic(&self, plan: &Plan, layer: &LayerSizes, decay: DecayForm) -> Traffic {
+        match self {
+            Self::Scan(scan) => scan.traffic(&plan.chain, plan.rank, &StateSize::of_layer(layer, decay)),
+            Self::LeftProduct(method) => method.traffic(plan, layer),
+        }
+    }
 }
 
 /// The sp group, the sequence it holds, and the methods by which its mixers meet: all that an operator needs to know.
@@ -73,7 +82,7 @@ type LinearBackward = Box<dyn FnOnce(&Shard, &Tensor) -> Result<Grads> + Send>;
 /// `[B, T, H, K]` or none. Returns o `[B, T, H, V]`. B = 1 if the plan has more than one document.
 pub fn linear_attention(
     shard: &Arc<Shard>,
-    mixer: &Arc<Chunkwise>,
+    mixer: &Arc<dyn StateMixer>,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,

@@ -58,6 +58,11 @@ impl Chain {
         self.links.iter().any(|link| link.enters)
     }
 
+    /// Segments of one rank: 1 or 2.
+    pub fn slots(&self) -> usize {
+        self.owners.len() / self.ranks().max(1)
+    }
+
     /// W.
     pub fn ranks(&self) -> usize {
         self.owners.iter().map(|(rank, _)| rank + 1).max().unwrap_or(0)

@@ -3,6 +3,7 @@
 //! The losses are a function of (configuration, seed) alone: how many ranks share a sequence, and whether they are threads
 //! or processes, changes nothing but rounding.
 
+pub mod mfu;
 pub mod optimizer;
 mod run_folder;
 pub mod schedule;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use collectives::{Group, Mesh, Reduce};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::config::Config;
 use crate::data::Source;
@@ -61,12 +62,24 @@ pub enum Error {
     Tch(#[from] tch::TchError),
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Go on from the newest checkpoint of the run folder.
     pub resume: bool,
     /// Print to standard output, on rank 0.
     pub console: bool,
+    /// Record the third and fourth step, to `trace-RANK.json` in the run folder.
+    pub trace: bool,
+    /// What this rank computes on.
+    pub device: Device,
+    /// When the program began, from which the time to the first step is counted.
+    pub started: Instant,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { resume: false, console: false, trace: false, device: Device::Cpu, started: Instant::now() }
+    }
 }
 
 /// Where a run ended.
@@ -83,22 +96,31 @@ pub struct Outcome {
 pub fn run(world: Group, config: Config, run_dir: &Path, options: Options) -> Result<Outcome> {
     let mesh = Mesh::new(world, config.parallel.dp, config.parallel.sp)?;
     let (source, validation) = Source::open(&config)?;
-    let mut trainer = Trainer::new(mesh, config, source, validation)?;
+    let mut trainer = Trainer::on(options.device, mesh, config, source, validation)?;
     if options.resume {
         let path = checkpoint::latest(run_dir)?.ok_or_else(|| Error::NothingToResume(run_dir.to_owned()))?;
-        trainer.load(checkpoint::load(&path, tch::Device::Cpu)?)?;
+        trainer.load(checkpoint::load(&path, Device::Cpu)?)?;
     }
     let writes = trainer.mesh.world.rank() == 0;
     let folder = writes.then(|| RunFolder::open(run_dir, &trainer, options)).transpose()?;
-    Life { trainer, folder, options, started: Instant::now() }.live()
+    let trace = options.trace.then(|| run_dir.join(format!("trace-{}.json", trainer.mesh.world.rank())));
+    Life { trainer, folder, options, trace, started: Instant::now(), first: true }.live()
 }
+
+/// The steps that a trace has, counted from the start of the program: the first ones are slow.
+const TRACED: std::ops::Range<u64> = 2..4;
 
 /// One run on one rank; `folder` is there on rank 0 only.
 struct Life {
     trainer: Trainer,
     folder: Option<RunFolder>,
     options: Options,
+    /// Where the trace goes, if one is wanted and not there yet.
+    trace: Option<PathBuf>,
+    /// When training began.
     started: Instant,
+    /// Whether no step has been done yet.
+    first: bool,
 }
 
 impl Life {
@@ -106,12 +128,31 @@ impl Life {
         let config = self.trainer.config.clone();
         let (train, every) = (&config.train, |n: u64, step: u64| n > 0 && step.is_multiple_of(n));
         let mut outcome = Outcome { steps: self.trainer.steps_done, loss: f64::NAN, val_loss: None };
+        let saves = config.checkpoint.keep > 0;
         let mut saved_at = self.options.resume.then_some(self.trainer.steps_done);
+        let device = self.trainer.device();
+        let flops = mfu::flops_per_token(&config, self.trainer.model.params.numel());
+        let peak = mfu::peak(&config, device).map(|peak| peak * self.trainer.mesh.world.size() as f64);
+        let mut steps = 0;
         while self.trainer.steps_done < train.steps {
+            if steps == TRACED.start && self.trace.is_some() {
+                kernels::bridge::profile_begin(device.is_cuda())?;
+            }
+            steps += 1;
             let before = Instant::now();
             let step = self.trainer.step(self.out_of_time())?;
             let step_ms = before.elapsed().as_secs_f64() * 1e3;
             let done = self.trainer.steps_done;
+            if (steps == TRACED.end || (steps > TRACED.start && done == train.steps))
+                && let Some(path) = self.trace.take()
+            {
+                kernels::bridge::profile_end(&path)?;
+            }
+            if self.first {
+                let seconds = self.options.started.elapsed().as_secs_f64();
+                self.on_rank_zero(|folder, _| folder.first_step(seconds))?;
+                self.first = false;
+            }
             let last = done == train.steps || step.out_of_time;
             outcome.val_loss = if last || every(train.validate_every, done) { self.trainer.validate()? } else { None };
             (outcome.steps, outcome.loss) = (done, step.loss);
@@ -126,9 +167,14 @@ impl Life {
                 exposed_comm_pct: 100.0 * step.exposed_ms / step_ms,
                 step_ms,
                 val_loss: outcome.val_loss,
+                mfu: peak.map(|peak| flops * tokens_per_step / step_ms * 1e3 / peak),
+                peak_bytes: match device {
+                    Device::Cuda(index) => Some(kernels::bridge::device_memory(index)?.peak),
+                    _ => None,
+                },
             };
             self.on_rank_zero(|folder, _| folder.record(&record, last || every(train.log_every, done)))?;
-            if last || every(config.checkpoint.every, done) {
+            if saves && (last || every(config.checkpoint.every, done)) {
                 self.on_rank_zero(|folder, trainer| folder.save(trainer, record.val_loss))?;
                 saved_at = Some(done);
             }
@@ -136,7 +182,7 @@ impl Life {
                 break;
             }
         }
-        if saved_at != Some(self.trainer.steps_done) {
+        if saves && saved_at != Some(self.trainer.steps_done) {
             self.on_rank_zero(|folder, trainer| folder.save(trainer, None))?;
         }
         self.on_rank_zero(|folder, trainer| folder.close(trainer))?;

@@ -44,7 +44,7 @@ impl RunFolder {
         let (model, train, parallel) = (&self.config.model, &self.config.train, &self.config.parallel);
         let from = if trainer.steps_done > 0 { format!(", from step {}", trainer.steps_done) } else { String::new() };
         format!(
-            "{} parameters, {} layers of {}, decay {}, {}; sequences of {} over sp = {} ({}), dp = {}, ranks by {}; {} steps{from}",
+            "{} parameters, {} layers of {}, decay {}, {}; sequences of {} over sp = {} ({}), dp = {}, ranks by {} on {}; {} steps{from}",
             format_si(trainer.model.params.numel() as f64),
             model.layers,
             model.pattern,
@@ -54,7 +54,8 @@ impl RunFolder {
             parallel.sp,
             key(&parallel.layout),
             parallel.dp,
-            trainer.mesh.world.backend(),
+            trainer.mesh.world.backend_on(trainer.device()),
+            on(trainer.device()),
             train.steps,
         )
     }
@@ -63,6 +64,11 @@ impl RunFolder {
         if self.console {
             println!("{}", text());
         }
+    }
+
+    pub fn first_step(&self, seconds: f64) -> Result<()> {
+        self.say(|| format!("first step done {seconds:.1} s after the start"));
+        Ok(())
     }
 
     pub fn record(&mut self, record: &StepRecord, print: bool) -> Result<()> {
@@ -110,6 +116,14 @@ impl RunFolder {
         let report = report::write(&self.path)?;
         self.say(|| format!("report: {}\nrun:    {}", report.display(), self.path.display()));
         Ok(())
+    }
+}
+
+/// A device's name.
+fn on(device: tch::Device) -> String {
+    match device {
+        tch::Device::Cpu => "the CPU".to_owned(),
+        gpu => kernels::cuda::name(gpu).unwrap_or_else(|_| format!("{gpu:?}")),
     }
 }
 

@@ -28,6 +28,8 @@ pub struct Trainer {
     linear: LinearMethod,
     attention: Arc<dyn Attention>,
     device: Device,
+    /// `[P]`: where backward adds up gradients.
+    grad: Tensor,
 }
 
 /// What is known after a step, the same on every rank.
@@ -45,14 +47,30 @@ pub struct StepOutcome {
 }
 
 impl Trainer {
-    /// Collective over `mesh.world`. The validation source may be missing.
+    /// A trainer on the CPU. Collective over `mesh.world`. The validation source may be missing.
     pub fn new(mesh: Mesh, config: Config, source: Source, validation: Option<Source>) -> Result<Self> {
-        let (kind, device) = (config.train.dtype.kind(), Device::Cpu);
+        Self::on(Device::Cpu, mesh, config, source, validation)
+    }
+
+    /// A trainer on a device.
+    pub fn on(
+        device: Device,
+        mesh: Mesh,
+        config: Config,
+        source: Source,
+        validation: Option<Source>,
+    ) -> Result<Self> {
+        let kind = config.train.dtype.kind();
         let model = Model::new(&config.model, kind, config.train.seed, device)?;
         let optimizer = AdamW::new(config.optimizer.clone(), &model.params)?;
         let linear = method::linear(&config.parallel.linear_method, &mesh.sp)?;
         let attention = method::attention(&config.parallel.softmax_method)?;
-        Ok(Self { mesh, config, model, optimizer, steps_done: 0, source, validation, linear, attention, device })
+        // Where nothing is added to the gradient of one backward, a wider sum would not be more exact.
+        let adds_up = mesh.world.size() > 1 || config.train.batch > config.train.micro_batch;
+        let grad_kind = if device.is_cuda() && !adds_up { kind } else { optimizer.kind() };
+        let grad = Tensor::f_zeros([model.params.numel()], (grad_kind, device))?;
+        model.params.share_grads(&grad)?;
+        Ok(Self { mesh, config, model, optimizer, steps_done: 0, source, validation, linear, attention, device, grad })
     }
 
     /// Tokens seen so far, over all ranks.
@@ -60,41 +78,53 @@ impl Trainer {
         self.steps_done * (self.config.train.batch * self.config.train.seq_len) as u64
     }
 
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
     /// One optimizer step. `out_of_time` is what this rank knows; the outcome says what rank 0 knew.
+    ///
+    /// On a GPU a rank alone waits for nothing before the end, where the loss is read.
     pub fn step(&mut self, out_of_time: bool) -> Result<StepOutcome> {
         let (step, train) = (self.steps_done + 1, self.config.train.clone());
         let waited = self.mesh.world.recorder().totals().exposed_ns;
         let expected = (train.batch * train.seq_len) as f64;
 
         // Gradients of the sum of all losses, over the number of labels that a step normally has.
-        let mut grad = Tensor::f_zeros([self.model.params.numel()], (self.optimizer.kind(), self.device))?;
-        let (mut loss_sum, mut labels) = (0.0, 0.0);
+        let _ = self.grad.f_zero_()?;
+        let mut grad = self.grad.shallow_clone();
+        let mut loss_sum = Tensor::f_zeros([], (Kind::Double, self.device))?;
+        let mut labels = 0.0;
         for sequences in self.my_sequences()?.chunks(train.micro_batch) {
             let (loss, counted) = self.loss(sequences, train.activation_checkpointing)?;
             let seed = loss.f_ones_like()?.f_mul_scalar(1.0 / expected)?;
             kernels::bridge::backward(&loss, &seed)?;
-            self.model.params.take_grads(&grad)?;
-            loss_sum += loss.double_value(&[]);
+            let _ = loss_sum.f_add_(&loss.f_detach()?)?;
             labels += counted;
         }
 
-        let summed = self.mesh.world.all_reduce(&grad, Reduce::Sum)?;
-        let waited_ms = (self.mesh.world.recorder().totals().exposed_ns - waited) as f64 / 1e6;
-        let all = sum(&self.mesh.world, &[loss_sum, labels, waited_ms, f64::from(u8::from(out_of_time))])?;
-        let before_sum = std::time::Instant::now();
-        grad = summed.wait()?;
-        let sum_ms = before_sum.elapsed().as_secs_f64() * 1e3;
-        let (loss, labels) = (all[0] / all[1], all[1]);
-        finite(step, "training loss", loss)?;
-        if labels != expected {
-            let _ = grad.f_mul_scalar_(expected / labels)?;
+        let (mut out_of_time, mut exposed_ms) = (out_of_time, 0.0);
+        let world = &self.mesh.world;
+        if world.size() > 1 {
+            let summed = world.all_reduce(&grad, Reduce::Sum)?;
+            let waited_ms = (world.recorder().totals().exposed_ns - waited) as f64 / 1e6;
+            let mine = [loss_sum.double_value(&[]), labels, waited_ms, f64::from(u8::from(out_of_time))];
+            let all = sum(world, &mine)?;
+            let before_sum = std::time::Instant::now();
+            grad = summed.wait()?;
+            exposed_ms = all[2] / world.size() as f64 + before_sum.elapsed().as_secs_f64() * 1e3;
+            (loss_sum, labels, out_of_time) = (Tensor::from(all[0]), all[1], all[3] > 0.0);
         }
         let lr = learning_rate(&self.config.optimizer, step, train.steps);
-        let grad_norm = self.optimizer.step(&mut self.model.params, &mut grad, lr, step)?;
-        finite(step, "norm of the gradient", grad_norm)?;
+        let scale = expected / labels;
+        let norm = self.optimizer.update(&mut self.model.params, &mut grad, scale, lr, step)?;
         self.steps_done = step;
-        let exposed_ms = all[2] / self.mesh.world.size() as f64 + sum_ms;
-        Ok(StepOutcome { loss, grad_norm, lr, exposed_ms, out_of_time: all[3] > 0.0 })
+        let numbers = [loss_sum.f_to_device(norm.device())?, norm.f_to_kind(Kind::Double)?];
+        let numbers = Vec::<f64>::try_from(Tensor::f_stack(&numbers, 0)?)?;
+        let (loss, grad_norm) = (numbers[0] / labels, numbers[1]);
+        finite(step, "training loss", loss)?;
+        finite(step, "norm of the gradient", grad_norm)?;
+        Ok(StepOutcome { loss, grad_norm, lr, exposed_ms, out_of_time })
     }
 
     /// Mean loss over the validation sequences, nats a token; `None` without validation data.
@@ -131,9 +161,11 @@ impl Trainer {
         let mine = |of: fn(&Sequence) -> &[i64]| -> Result<Tensor> {
             let rows =
                 sequences.iter().map(|s| Tensor::f_from_slice(of(s))).collect::<std::result::Result<Vec<_>, _>>()?;
-            Ok(plan.layout.shard(&Tensor::f_stack(&rows, 0)?, 1, plan.rank)?.f_to_device(self.device)?)
+            Ok(plan.layout.shard(&Tensor::f_stack(&rows, 0)?, 1, plan.rank)?)
         };
         let (tokens, labels) = (mine(Sequence::inputs)?, mine(Sequence::labels)?);
+        let counted = labels.f_ne(IGNORE_INDEX)?.f_sum(Kind::Double)?.double_value(&[]);
+        let (tokens, labels) = (tokens.f_to_device(self.device)?, labels.f_to_device(self.device)?);
         let shard = Arc::new(Shard {
             group: self.mesh.sp.clone(),
             plan,
@@ -144,7 +176,6 @@ impl Trainer {
         let kind = self.config.train.dtype.kind();
         let context = Context::new(shard, model.head_dim(), model.rope_base, kind, self.device)?;
         let hidden = self.model.forward(&context, &tokens, checkpoint)?;
-        let counted = labels.f_ne(IGNORE_INDEX)?.f_sum(Kind::Double)?.double_value(&[]);
         Ok((self.model.loss(&hidden, &labels)?, counted))
     }
 

@@ -118,8 +118,10 @@ impl Attention for Lasp2h {
     }
 
     fn traffic(&self, plan: &Plan, layer: &LayerSizes) -> Traffic {
-        let forward = traffic::gather(plan, layer.kv());
-        Traffic { forward, backward: forward + traffic::scatter(plan, layer.kv_sums()) }
+        let stages = self.stages(layer.kv_heads).len() as u64;
+        let forward = traffic::gather(plan, layer.kv()).in_parts(stages);
+        let sums = traffic::scatter(plan, layer.kv_sums()).in_parts(stages);
+        Traffic::exactly(forward.clone(), forward + sums)
     }
 }
 

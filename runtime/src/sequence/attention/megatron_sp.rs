@@ -68,10 +68,12 @@ impl Attention for MegatronSp {
     }
 
     fn traffic(&self, plan: &Plan, layer: &LayerSizes) -> Traffic {
-        Traffic {
-            forward: traffic::gather(plan, layer.q() + layer.kv()) + traffic::scatter(plan, layer.o()),
-            backward: traffic::gather(plan, layer.o()) + traffic::scatter(plan, layer.q() + layer.kv_sums()),
-        }
+        Traffic::exactly(
+            traffic::gather(plan, layer.q() + layer.kv()) + traffic::scatter(plan, layer.o()),
+            traffic::gather(plan, layer.o())
+                + traffic::scatter(plan, layer.q())
+                + traffic::scatter(plan, layer.kv_sums()),
+        )
     }
 }
 

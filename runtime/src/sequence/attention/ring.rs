@@ -74,7 +74,7 @@ impl Attention for Ring {
 
     fn traffic(&self, plan: &Plan, layer: &LayerSizes) -> Traffic {
         let forward = traffic::go_round(plan, layer.kv());
-        Traffic { forward, backward: forward + traffic::come_home(plan, layer.kv_sums()) }
+        Traffic::exactly(forward.clone(), forward + traffic::come_home(plan, layer.kv_sums()))
     }
 }
 

@@ -84,10 +84,10 @@ impl Attention for Ulysses {
         let kv = layer.b * heads.entries() * (layer.dk + layer.dv);
         let (q, o, w) = (layer.q() / ranks as i64, layer.o() / ranks as i64, ranks as i64);
         let sums = kv * width(kv_kind(&heads, layer.kind));
-        Traffic {
-            forward: traffic::to_heads(plan, q + kv * width(layer.kind) / w) + traffic::to_tokens(plan, o),
-            backward: traffic::to_heads(plan, o) + traffic::to_tokens(plan, q + sums / w),
-        }
+        Traffic::exactly(
+            traffic::to_heads(plan, q + kv * width(layer.kind) / w) + traffic::to_tokens(plan, o),
+            traffic::to_heads(plan, o) + traffic::to_tokens(plan, q) + traffic::to_tokens(plan, sums / w),
+        )
     }
 }
 

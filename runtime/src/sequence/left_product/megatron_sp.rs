@@ -67,10 +67,10 @@ impl LeftProduct for MegatronSpLeftProduct {
 
     fn traffic(&self, plan: &Plan, layer: &LayerSizes) -> Traffic {
         let qkv = layer.q() + layer.kv();
-        Traffic {
-            forward: traffic::gather(plan, qkv) + traffic::scatter(plan, layer.o()),
-            backward: traffic::gather(plan, layer.o()) + traffic::scatter(plan, qkv),
-        }
+        Traffic::exactly(
+            traffic::gather(plan, qkv) + traffic::scatter(plan, layer.o()),
+            traffic::gather(plan, layer.o()) + traffic::scatter(plan, qkv),
+        )
     }
 }
 

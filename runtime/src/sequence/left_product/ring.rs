@@ -78,7 +78,7 @@ impl LeftProduct for RingLeftProduct {
 
     fn traffic(&self, plan: &Plan, layer: &LayerSizes) -> Traffic {
         let forward = traffic::go_round(plan, layer.kv());
-        Traffic { forward, backward: forward + traffic::come_home(plan, layer.kv_sums()) }
+        Traffic::exactly(forward.clone(), forward + traffic::come_home(plan, layer.kv_sums()))
     }
 }
 

@@ -5,8 +5,8 @@
 use collectives::Group;
 use tch::Tensor;
 
-use super::relay::{received, relay};
-use super::{Chain, Entries, Result, Scan, Scanned, StateSize, Transitions};
+use super::relay::{messages, relay};
+use super::{Chain, Entries, Messages, Result, Scan, Scanned, StateSize, Transitions};
 
 #[derive(Clone, Copy, Debug)]
 pub struct AllScan {
@@ -32,7 +32,7 @@ impl Scan for AllScan {
     }
 
     /// As LASP-1, in more messages.
-    fn received(&self, chain: &Chain, rank: usize, size: &StateSize) -> u64 {
-        received(chain, rank, size)
+    fn messages(&self, chain: &Chain, rank: usize, size: &StateSize, _again: bool) -> Messages {
+        messages(chain, rank, size, self.blocks)
     }
 }

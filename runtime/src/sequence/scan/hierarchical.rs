@@ -1,7 +1,7 @@
 //! A scan for a fast network inside nodes and a slow one between them: AllGather of the summaries inside the node, a
 //! logarithmic scan (Hillis and Steele, 1986) across nodes in which each rank of a node carries one slice of the node's
 //! state, AllGather of the slices inside the node. Received per rank about (w - 1) + (w - 1) / w states inside the node
-//! and log2(nodes) / w from outside; 2 + log2(nodes) dependent steps, of which the first hides behind the intra-rank work.
+//! and log2(nodes) / w from outside; 2 + log2(nodes) dependent steps, which travel while the rank computes.
 //!
 //! Nodes are runs of `node_size` neighbouring ranks; the last one may be smaller, its ranks then scan more than one slice.
 //! On the zigzag layout the segments of a node are two runs, one on the way up and one on the way down (the last node's
@@ -16,7 +16,7 @@ use tch::Tensor;
 use super::fold::{States, compose, copy, fold};
 use super::message::{Row, gather, narrow, slice};
 use super::route::Route;
-use super::{Chain, Entries, Result, Scan, Scanned, StateSize, Transitions, missing};
+use super::{Chain, Entries, Messages, Result, Scan, Scanned, StateSize, Transitions, missing};
 
 pub struct Hierarchical {
     node: Group,
@@ -59,13 +59,17 @@ impl Scan for Hierarchical {
             states: chain.links.iter().map(|_| None).collect(),
             transitions,
         };
-        Ok(gathered.map(move |gathered| Ok(nodes.run(&gathered, &row))))
+        Ok(group.in_flight(move || Ok(nodes.run(&gathered.wait()?, &row)))?)
     }
 
-    /// Both gathers inside the node, and the slices between them, each with its log-decays where they depend on the data.
-    fn received(&self, chain: &Chain, rank: usize, size: &StateSize) -> u64 {
-        if chain.flows() { Route::new(chain, self.node_size, size.key as i64).received(rank, size) } else { 0 }
+    fn messages(&self, chain: &Chain, rank: usize, size: &StateSize, again: bool) -> Messages {
+        messages(self.node_size, chain, rank, size, again)
     }
+}
+
+/// [`Scan::messages`] for ranks that need not exist.
+pub(super) fn messages(node_size: usize, chain: &Chain, rank: usize, size: &StateSize, again: bool) -> Messages {
+    Route::new(chain, node_size.clamp(1, chain.ranks().max(1)), size.key as i64).messages(rank, size, again)
 }
 
 /// What some consecutive runs sum up to: one slice of it.
@@ -161,7 +165,9 @@ impl Nodes {
         };
         let members = self.route.members(self.route.node_of(self.group.rank()));
         let rows: Vec<i64> = members.map(rows).collect();
-        let states = self.node.all_gather_v(&Tensor::f_cat(&mine, 0)?, &rows)?.wait()?.f_permute([1, 2, 3, 0, 4])?;
+        let mine = Tensor::f_cat(&mine, 0)?;
+        let slices = if rows.len() == 1 { mine } else { self.node.all_gather_v(&mine, &rows)?.wait()? };
+        let states = slices.f_permute([1, 2, 3, 0, 4])?;
         let state = |run: &usize| entered.iter().position(|e| e == run).map(|at| states.f_select(0, at as i64));
         Ok(runs.iter().map(|run| state(run).transpose()).collect::<std::result::Result<Vec<_>, _>>()?)
     }

@@ -6,8 +6,8 @@ use collectives::Group;
 use tch::Tensor;
 
 use super::fold::prefixes;
-use super::message::{Row, gather};
-use super::{Chain, Entries, Result, Scan, Scanned, StateSize, Transitions};
+use super::message::{Row, gather, gather_messages};
+use super::{Chain, Entries, Messages, Result, Scan, Scanned, StateSize, Transitions};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Lasp2 {
@@ -49,10 +49,9 @@ impl Scan for Lasp2 {
         Ok(gathered.map(move |gathered| Ok(fold(gathered))))
     }
 
-    /// `(W - 1)` times the summaries of a rank.
-    fn received(&self, chain: &Chain, _rank: usize, size: &StateSize) -> u64 {
-        let ranks = chain.ranks() as u64;
-        let others = chain.owners.len() as u64 / ranks.max(1) * ranks.saturating_sub(1);
-        if chain.flows() { others * (size.state() + size.decays()) } else { 0 }
+    /// Received are `(W - 1)` times the summaries of a rank.
+    fn messages(&self, chain: &Chain, _rank: usize, size: &StateSize, again: bool) -> Messages {
+        let row = size.state() + if again { 0 } else { size.decays() };
+        gather_messages("sp", chain.ranks(), chain.slots(), row, size, self.splits)
     }
 }

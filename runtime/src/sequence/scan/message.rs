@@ -8,7 +8,7 @@ use kernels::linear::Transition;
 use tch::Tensor;
 
 use super::fold::copy;
-use super::{Result, Scanned};
+use super::{Messages, Result, Scanned, StateSize};
 
 /// How a row is laid out.
 pub(super) struct Row {
@@ -94,6 +94,23 @@ pub(super) fn gather(group: &Group, rows: &[Tensor], splits: usize) -> Result<Pe
         gathered.push(last);
         Ok(Tensor::f_cat(&gathered, 2)?)
     }))
+}
+
+/// What each rank moves in such a gather between `ranks` ranks of the group called `group`; `row`: bytes of one row.
+pub(super) fn gather_messages(
+    group: &'static str,
+    ranks: usize,
+    slots: usize,
+    row: u64,
+    size: &StateSize,
+    splits: usize,
+) -> Messages {
+    let mut messages = Messages::default();
+    if ranks > 1 {
+        let (parts, mine) = (cut((row / size.width.max(1)) as i64, splits as i64).len(), slots as u64 * row);
+        messages.count_on(group, "all_gather", parts as u64, mine, (ranks as u64 - 1) * mine);
+    }
+    messages
 }
 
 /// What is awaited of some messages between two ranks.

@@ -26,7 +26,7 @@ pub use lasp2::Lasp2;
 pub use size::{DecayForm, StateSize};
 pub use truncated::Truncated;
 
-use super::{Chain, Error, Result};
+use super::{Chain, Error, Messages, Result, Traffic};
 
 /// What is known of the transitions of other ranks' segments without a message.
 pub enum Known {
@@ -59,8 +59,20 @@ pub trait Scan: Send + Sync {
         transitions: Transitions,
     ) -> Result<Scanned<(Entries, Transitions)>>;
 
-    /// Bytes that `rank` receives in one forward scan over `chain`, as [`collectives::Totals`] counts them.
-    fn received(&self, chain: &Chain, rank: usize, size: &StateSize) -> u64;
+    /// What `rank` sends and receives in one scan over `chain`, through which state flows. `again`: what the scan of
+    /// forward has brought to all ranks need not be brought again.
+    fn messages(&self, chain: &Chain, rank: usize, size: &StateSize, again: bool) -> Messages;
+
+    /// Whether [`Scan::messages`] is the most that it can be, and not what it is.
+    fn sends_less(&self, _size: &StateSize) -> bool {
+        false
+    }
+
+    /// What `rank` sends and receives for one layer.
+    fn traffic(&self, chain: &Chain, rank: usize, size: &StateSize) -> Traffic {
+        let at_most = self.sends_less(size);
+        Traffic { at_most, ..both_ways(chain, |chain, again| self.messages(chain, rank, size, again)) }
+    }
 
     /// `mine`: one summary for each segment of this rank. Pending are the entry states, and what backward wants again.
     fn forward(
@@ -97,6 +109,19 @@ pub trait Scan: Send + Sync {
         let scanned = self.prefix(group, &chain.reversed(), mine, transitions)?;
         Ok(scanned.map(|result| Ok(result.map(|(exits, _)| exits))))
     }
+}
+
+/// The scans of forward and backward, each given its chain and whether it is the second.
+fn both_ways(chain: &Chain, messages: impl Fn(&Chain, bool) -> Messages) -> Traffic {
+    if !chain.flows() {
+        return Traffic::default();
+    }
+    Traffic::exactly(messages(chain, false), messages(&chain.reversed(), true))
+}
+
+/// [`Hierarchical`]'s [`Scan::traffic`], for which no ranks are needed.
+pub(super) fn hierarchical_traffic(node_size: usize, chain: &Chain, rank: usize, size: &StateSize) -> Traffic {
+    both_ways(chain, |chain, again| hierarchical::messages(node_size, chain, rank, size, again))
 }
 
 /// A transition in the kind of the states, in which it also travels.

@@ -3,7 +3,7 @@
 //! down again.
 //!
 //! Every rank knows from the plan where a state crosses; where a document ends, nothing is sent. All receives are posted
-//! at once. What does not depend on them is sent at once, the rest when the result is waited for, block by block.
+//! at once. What does not depend on them is sent at once, the rest block by block as they come, while the rank computes.
 
 use std::ops::Range;
 
@@ -11,8 +11,8 @@ use collectives::{Group, Pending};
 use tch::Tensor;
 
 use super::fold::{in_sequence_order, past};
-use super::message::{Coming, cut, narrow, slice, when_they_come};
-use super::{Chain, Entries, Result, Scanned, StateSize, Transitions, missing};
+use super::message::{cut, narrow, slice};
+use super::{Chain, Entries, Messages, Result, Scanned, StateSize, Transitions, missing};
 
 /// The exclusive prefix by a chain in at most `blocks` blocks: see [`super::Scan::prefix`].
 pub(super) fn relay(
@@ -44,15 +44,22 @@ pub(super) fn relay(
     }
 
     let relay = Relay { group: group.clone(), chain: chain.clone(), blocks, steps, transitions };
-    Ok(when_they_come(coming, sent, move |coming| relay.run(coming)))
+    Ok(group.in_flight(move || Ok(relay.run(coming, sent)))?)
 }
 
-/// Bytes that a rank receives: a state for each of its segments that another rank's state enters.
-pub(super) fn received(chain: &Chain, rank: usize, size: &StateSize) -> u64 {
-    let crosses = |&segment: &usize| {
-        chain.owners[segment].0 == rank && chain.before(segment).is_some_and(|before| chain.owners[before].0 != rank)
+/// What a rank sends and receives: a state for each crossing between one of its segments and another rank's.
+pub(super) fn messages(chain: &Chain, rank: usize, size: &StateSize, blocks: usize) -> Messages {
+    let blocks = cut(size.key as i64, blocks as i64).len() as u64;
+    let mine = |segment: usize| chain.owners[segment].0 == rank;
+    let crossings = |next: fn(&Chain, usize) -> Option<usize>| {
+        let crosses = |&segment: &usize| mine(segment) && next(chain, segment).is_some_and(|other| !mine(other));
+        (0..chain.owners.len()).filter(crosses).count() as u64
     };
-    (0..chain.owners.len()).filter(crosses).count() as u64 * size.state()
+    let (sent, received) = (crossings(Chain::after), crossings(Chain::before));
+    let mut messages = Messages::default();
+    messages.count("send", blocks * sent, sent * size.state(), 0);
+    messages.count("recv", blocks * received, 0, received * size.state());
+    messages
 }
 
 /// One segment of this rank.
@@ -76,8 +83,8 @@ struct Relay {
 
 impl Relay {
     /// `coming`: the blocks of all segments in the order of their receives.
-    fn run(self, coming: Coming) -> Result<(Entries, Transitions)> {
-        let mut sent = Vec::new();
+    fn run(self, coming: Vec<Pending<Tensor>>, mut sent: Vec<Pending<()>>) -> Result<(Entries, Transitions)> {
+        let mut coming = coming.into_iter();
         let mut entries: Entries = self.steps.iter().map(|_| None).collect();
         // What one segment of this rank hands to its next, with no other rank's between.
         let mut handed: Option<Tensor> = None;
@@ -87,7 +94,7 @@ impl Relay {
             if from.is_some() {
                 let mut arrived = Vec::with_capacity(self.blocks.len());
                 for block in &self.blocks {
-                    let incoming = coming.next().ok_or_else(|| missing("state before it", *segment))??;
+                    let incoming = coming.next().ok_or_else(|| missing("state before it", *segment))?.wait()?;
                     let incoming = incoming.f_to_device(state.device())?;
                     if let Some(to) = to {
                         let slice = transition.map(|transition| slice(transition, block)).transpose()?;

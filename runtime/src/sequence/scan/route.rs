@@ -6,8 +6,8 @@
 
 use std::ops::Range;
 
-use super::message::cut;
-use super::{Chain, StateSize};
+use super::message::{cut, gather_messages};
+use super::{Chain, Messages, StateSize};
 
 pub(super) struct Route {
     pub chain: Chain,
@@ -95,30 +95,39 @@ impl Route {
         self.steps().any(|d| self.takes(i, d))
     }
 
-    /// Bytes that a rank receives in one forward scan.
-    pub fn received(&self, rank: usize, size: &StateSize) -> u64 {
+    /// What a rank sends and receives in one scan: both gathers inside the node, and between them the slices, with their
+    /// log-decays where they depend on the data. `again`: the node's are known.
+    pub fn messages(&self, rank: usize, size: &StateSize, again: bool) -> Messages {
         let node = self.node_of(rank);
-        let members = self.members(node);
-        let slots = self.chain.owners.iter().filter(|(owner, _)| members.contains(owner) && *owner != rank).count();
-        let first = slots as u64 * (size.state() + size.decays());
+        let members = self.members(node).len();
+        let row = size.state() + if again { 0 } else { size.decays() };
+        let mut messages = gather_messages("node", members, self.chain.slots(), row, size, 1);
 
         let rows = |slice: usize| (self.slices[slice].end - self.slices[slice].start) as u64;
         let mine = self.slices_of(rank);
-        let (mut across, mut last) = (0, 0);
-        for run in self.runs_of(node) {
-            for d in self.steps().filter(|&d| self.takes(run, d)) {
-                let carries = self.passes(self.summed(run - d, d));
-                for &slice in mine.iter().filter(|&&slice| self.scans(self.runs[run - d].node, slice) != rank) {
-                    across += size.rows(rows(slice)) + if carries { size.decays_of(rows(slice)) } else { 0 };
+        let runs = self.runs_of(node);
+        // What run `from` sums up to before step `d`.
+        let bytes = |from: usize, d: usize, slice: usize| {
+            let decays = if self.passes(self.summed(from, d)) { size.decays_of(rows(slice)) } else { 0 };
+            size.rows(rows(slice)) + decays
+        };
+        for d in self.steps() {
+            for (&run, &slice) in runs.iter().flat_map(|run| mine.iter().map(move |slice| (run, slice))) {
+                let elsewhere = |other: usize| self.scans(self.runs[other].node, slice) != rank;
+                if run + d < self.runs.len() && self.takes(run + d, d) && elsewhere(run + d) {
+                    messages.count("send", 1, bytes(run, d, slice), 0);
+                }
+                if self.takes(run, d) && elsewhere(run - d) {
+                    messages.count("recv", 1, 0, bytes(run - d, d, slice));
                 }
             }
-            if self.enters(run) {
-                last += (0..self.slices.len())
-                    .filter(|slice| !mine.contains(slice))
-                    .map(|s| size.rows(rows(s)))
-                    .sum::<u64>();
-            }
         }
-        first + across + last
+
+        let entered = runs.iter().filter(|&&run| self.enters(run)).count() as u64;
+        if members > 1 && entered > 0 {
+            let sent = mine.iter().map(|&slice| size.rows(rows(slice))).sum::<u64>();
+            messages.count_on("node", "all_gather_v", 1, entered * sent, entered * (size.state() - sent));
+        }
+        messages
     }
 }

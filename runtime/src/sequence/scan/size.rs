@@ -2,6 +2,9 @@
 
 use kernels::linear::{Decay, Inputs, accumulation_kind};
 
+use crate::config::DecayKind;
+use crate::sequence::LayerSizes;
+
 /// What a decay depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecayForm {
@@ -28,7 +31,24 @@ pub struct StateSize {
     pub decay: DecayForm,
 }
 
+impl DecayForm {
+    pub fn of(decay: DecayKind) -> Self {
+        match decay {
+            DecayKind::None => Self::None,
+            DecayKind::Lightning | DecayKind::Retention => Self::Head,
+            DecayKind::Token => Self::Token,
+            DecayKind::Channel => Self::Channel,
+        }
+    }
+}
+
 impl StateSize {
+    pub fn of_layer(layer: &LayerSizes, decay: DecayForm) -> Self {
+        let width = accumulation_kind(layer.kind).elt_size_in_bytes() as u64;
+        let (heads, key, value) = ((layer.b * layer.heads) as u64, layer.dk as u64, layer.dv as u64);
+        Self { heads, key, value, width, decay }
+    }
+
     pub fn of(x: &Inputs) -> Self {
         let (q, v) = (x.q.size(), x.v.size());
         let at = |size: &[i64], dim: usize| size.get(dim).copied().unwrap_or(0) as u64;

@@ -14,8 +14,8 @@ use kernels::linear::Transition;
 use tch::{Kind, Tensor};
 
 use super::fold::{States, fold};
-use super::message::{Row, gather, when_they_come};
-use super::{Chain, Entries, Lasp2, Result, Scan, Scanned, StateSize, Transitions, missing};
+use super::message::{Row, gather, gather_messages, when_they_come};
+use super::{Chain, DecayForm, Entries, Lasp2, Messages, Result, Scan, Scanned, StateSize, Transitions, missing};
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Truncated {
@@ -38,7 +38,8 @@ impl Scan for Truncated {
             learn(group, chain, &mut transitions)?;
         }
         let decays = Decays::new(&transitions, mine[0].kind())?;
-        let firsts: Vec<Option<usize>> = chain.held.iter().map(|&s| decays.reaches_back(chain, s)).collect();
+        let alive = |from, to| decays.alive(from, to);
+        let firsts: Vec<Option<usize>> = chain.held.iter().map(|&s| reaches_back(chain, s, alive)).collect();
 
         let mut states: States = chain.links.iter().map(|_| None).collect();
         for (&segment, state) in chain.held.iter().zip(&mine) {
@@ -46,7 +47,7 @@ impl Scan for Truncated {
         }
         let mut sent = Vec::new();
         for &segment in chain.held.iter().collect::<BTreeSet<_>>() {
-            for to in decays.heard_by(chain, segment).into_iter().filter(|&to| to != group.rank()) {
+            for to in heard_by(chain, segment, alive).into_iter().filter(|&to| to != group.rank()) {
                 let state = states[segment].as_ref().ok_or_else(|| missing("state", segment))?;
                 sent.push(group.send(state, to)?);
             }
@@ -73,24 +74,29 @@ impl Scan for Truncated {
         }))
     }
 
-    /// The most it can be, when nothing dies: the states of all segments from which state flows here, and the log-decays.
-    fn received(&self, chain: &Chain, rank: usize, size: &StateSize) -> u64 {
-        if size.decay == super::DecayForm::None {
-            return self.undecayed.received(chain, rank, size);
+    /// The log-decays of all segments and, were nothing to die, the states of all from which state flows here.
+    fn messages(&self, chain: &Chain, rank: usize, size: &StateSize, again: bool) -> Messages {
+        if size.decay == DecayForm::None {
+            return self.undecayed.messages(chain, rank, size, again);
         }
-        let firsts = |segment: usize| {
-            let mut first = chain.before(segment)?;
-            while chain.links[first].through {
-                first = chain.before(first)?;
-            }
-            Some(first)
-        };
+        let mut messages = Messages::default();
+        if size.decays() > 0 && !again {
+            messages = gather_messages("sp", chain.ranks(), chain.slots(), size.decays(), size, 1);
+        }
+        let always = |_, _| true;
         let held: Vec<usize> = (0..chain.owners.len()).filter(|&s| chain.owners[s].0 == rank).collect();
-        let others = (chain.owners.len() - held.len()) as u64;
-        let firsts: Vec<_> = held.iter().map(|&segment| firsts(segment)).collect();
-        let states = needed(&Chain { held, ..chain.clone() }, &firsts);
-        let states = states.into_iter().filter(|&segment| chain.owners[segment].0 != rank).count() as u64;
-        if chain.flows() { others * size.decays() + states * size.state() } else { 0 }
+        let firsts: Vec<_> = held.iter().map(|&segment| reaches_back(chain, segment, always)).collect();
+        let heard = held.iter().flat_map(|&segment| heard_by(chain, segment, always));
+        let sent = heard.filter(|&to| to != rank).count() as u64;
+        let needed = needed(&Chain { held: held.clone(), ..chain.clone() }, &firsts);
+        let received = needed.into_iter().filter(|&segment| chain.owners[segment].0 != rank).count() as u64;
+        messages.count("send", sent, sent * size.state(), 0);
+        messages.count("recv", received, 0, received * size.state());
+        messages
+    }
+
+    fn sends_less(&self, size: &StateSize) -> bool {
+        size.decay != DecayForm::None
     }
 }
 
@@ -151,27 +157,27 @@ impl Decays {
         let row = |segment: usize| &self.sums[segment * self.n..(segment + 1) * self.n];
         row(from).iter().zip(row(to - 1)).any(|(before, here)| here - before >= self.limit)
     }
+}
 
-    /// The first segment whose state matters at the entry of `segment`.
-    fn reaches_back(&self, chain: &Chain, segment: usize) -> Option<usize> {
-        let mut first = chain.before(segment)?;
-        while chain.links[first].through {
-            match chain.before(first).filter(|&before| self.alive(before, segment)) {
-                Some(before) => first = before,
-                None => break,
-            }
+/// The first segment whose state matters at the entry of `segment`; `alive(from, to)` tells.
+fn reaches_back(chain: &Chain, segment: usize, alive: impl Fn(usize, usize) -> bool) -> Option<usize> {
+    let mut first = chain.before(segment)?;
+    while chain.links[first].through {
+        match chain.before(first).filter(|&before| alive(before, segment)) {
+            Some(before) => first = before,
+            None => break,
         }
-        Some(first)
     }
+    Some(first)
+}
 
-    /// The ranks at whose segments the state of `segment` matters.
-    fn heard_by(&self, chain: &Chain, segment: usize) -> BTreeSet<usize> {
-        let mut ranks = BTreeSet::new();
-        let mut at = chain.after(segment);
-        while let Some(to) = at.filter(|&to| self.alive(segment, to)) {
-            ranks.insert(chain.owners[to].0);
-            at = chain.after(to).filter(|_| chain.links[to].through);
-        }
-        ranks
+/// The ranks at whose segments the state of `segment` matters.
+fn heard_by(chain: &Chain, segment: usize, alive: impl Fn(usize, usize) -> bool) -> BTreeSet<usize> {
+    let mut ranks = BTreeSet::new();
+    let mut at = chain.after(segment);
+    while let Some(to) = at.filter(|&to| alive(segment, to)) {
+        ranks.insert(chain.owners[to].0);
+        at = chain.after(to).filter(|_| chain.links[to].through);
     }
+    ranks
 }

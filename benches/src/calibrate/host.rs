@@ -1,0 +1,360 @@
+//! What the simulation of ranks on shared cores needs (`simulate::host`): each part of each kernel at several sizes, on all ranks
+//! at once and by one rank with all cores, and how long a thread takes to wake.
+
+use std::hint;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use collectives::{Group, Reduce};
+use kernels::linear::chunkwise::Chunkwise;
+use kernels::linear::left_product;
+use kernels::linear::{BackwardSegment, Decay, ForwardSegment, Inputs, StateMixer};
+use kernels::softmax::{self, Tile};
+use runtime::config::DecayKind;
+use tch::{Device, Kind, Tensor};
+
+use crate::simulate::Pass;
+use crate::simulate::host::{ADD, COPY, Host, JOIN, Kernel, linear_kernel, pairs_kernel};
+
+use super::{CHUNK, DIM, F32, HEADS};
+
+const KV_HEADS: i64 = 2;
+/// Tokens of a segment, of a tile's queries and keys, and numbers of a copy.
+const SEGMENTS: &[i64] = &[256, 1024, 4096];
+/// One of them, at which a rank is also measured while the others wait.
+const ALONE: i64 = 1024;
+const CAUSAL_TILES: &[i64] = &[128, 512, 2048];
+const FULL_TILES: &[i64] = &[128, 512, 1536];
+const COPIES: &[i64] = &[1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22];
+const RUNS: usize = 5;
+const WAKES: usize = 200;
+/// For how long threads compete for cores, and how long a thread must stand still to have lost its own.
+const SLICES: Duration = Duration::from_millis(500);
+const GAP: Duration = Duration::from_micros(200);
+/// Numbers that fill any cache.
+const COLD: i64 = 12 << 20;
+
+/// Names of parts and their seconds.
+type Times = Vec<(String, f64)>;
+
+/// Collective over `world`; the same on every rank.
+pub fn host(world: &Group, measured: &mut Vec<String>) -> Result<Host> {
+    let _guard = tch::no_grad_guard();
+    let cores = thread::available_parallelism().map_or(1, Into::into);
+    let cold = Tensor::f_ones([COLD], F32)?;
+    let among = tch::get_num_threads();
+    // All ranks at once with their share of the cores; rank 0 with as much while the others wait; and with all cores.
+    let settings = [(among, false), (among, true), (cores as i32, true)];
+    let mut ranks: Vec<Ranks> =
+        settings.map(|(threads, alone)| Ranks { world, alone, threads, cold: &cold, jobs: vec![] }).into();
+    ranks[0].jobs = jobs();
+    ranks[1].jobs =
+        vec![Job { size: ALONE, of: Box::new(|ranks, size| segment(ranks, size, DecayKind::None)), runs: vec![] }];
+    ranks[2].jobs = if cores as i32 > among { jobs() } else { vec![] };
+    // Again and again, so that a disturbance of some seconds does not spoil all runs of a kernel.
+    for run in 0..RUNS + 1 {
+        for ranks in &mut ranks {
+            tch::set_num_threads(ranks.threads);
+            let done = ranks.run(run > 0);
+            tch::set_num_threads(among);
+            done?;
+        }
+    }
+    let mut kernels = ranks[0].kernels()?;
+    let name = linear_kernel(DecayKind::None, Pass::Backward, "run");
+    let us = |kernels: &[Kernel]| -> Result<f64> {
+        let kernel = kernels.iter().find(|kernel| kernel.name == name).context("no kernel")?;
+        kernel.at.iter().position(|at| *at == ALONE as f64).map(|i| kernel.us[i]).context("no such size")
+    };
+    let alone = (us(&kernels)? / us(&ranks[1].kernels()?)?).max(1.0);
+    kernels.extend(ranks[2].kernels()?);
+    let [wake, wake_busy, slice] = waits(world, cores)?;
+    measured.push(format!(
+        "a core among idle ones: {alone:.2} times as fast as among busy ones; a thread wakes after {wake:.0} us, among \
+         busy ones after {wake_busy:.0}; with others waiting it keeps its core for {slice:.0} us"
+    ));
+    Ok(Host {
+        cores,
+        alone,
+        slice_us: slice,
+        wake_us: wake,
+        wake_busy_us: wake_busy,
+        network: None,
+        heads: HEADS,
+        kv_heads: KV_HEADS,
+        head_dim: DIM,
+        chunk: CHUNK,
+        kernels,
+    })
+}
+
+/// Who measures: all ranks at once, or rank 0 while the others wait.
+struct Ranks<'a> {
+    world: &'a Group,
+    alone: bool,
+    threads: i32,
+    cold: &'a Tensor,
+    jobs: Vec<Job>,
+}
+
+/// A kernel at a size, and what its parts took on this rank.
+struct Job {
+    size: i64,
+    of: Box<dyn Fn(&Ranks, i64) -> Result<Times>>,
+    runs: Vec<Times>,
+}
+
+impl Ranks<'_> {
+    /// Before each run, once its inputs are made: out of the caches, as those of a model's layer are, and all ranks at once.
+    fn ready(&self) -> Result<Laps> {
+        let _ = self.cold.f_sum(Kind::Float)?;
+        if !self.alone {
+            self.world.barrier()?.wait()?;
+        }
+        Ok(Laps(Instant::now()))
+    }
+
+    /// All jobs once.
+    fn run(&mut self, counts: bool) -> Result<()> {
+        let mut jobs = std::mem::take(&mut self.jobs);
+        if !self.alone || self.world.rank() == 0 {
+            for job in &mut jobs {
+                let times = (job.of)(self, job.size)?;
+                if counts {
+                    job.runs.push(times);
+                }
+            }
+        }
+        self.jobs = jobs;
+        Ok(self.world.barrier()?.wait()?)
+    }
+
+    /// The median of each part, the mean of the ranks that measured.
+    fn kernels(&self) -> Result<Vec<Kernel>> {
+        let mut kernels: Vec<Kernel> = Vec::new();
+        for job in &self.jobs {
+            for (part, name) in names(job.runs.first(), self.world)?.into_iter().enumerate() {
+                let mut seconds: Vec<f64> = job.runs.iter().map(|times| times[part].1).collect();
+                seconds.sort_by(f64::total_cmp);
+                let mine = seconds.get(seconds.len() / 2).copied().unwrap_or(0.0);
+                let sum = self.world.all_reduce(&Tensor::f_from_slice(&[mine])?, Reduce::Sum)?.wait()?;
+                let ranks = if self.alone { 1.0 } else { self.world.size() as f64 };
+                let us = (1e6 * sum.double_value(&[0]) / ranks).max(1e-3);
+                match kernels.iter_mut().find(|kernel| kernel.name == name) {
+                    Some(kernel) => {
+                        kernel.at.push(job.size as f64);
+                        kernel.us.push(us);
+                    }
+                    None => {
+                        let threads = self.threads as usize;
+                        kernels.push(Kernel { name, threads, at: vec![job.size as f64], us: vec![us] });
+                    }
+                }
+            }
+        }
+        Ok(kernels)
+    }
+}
+
+/// Rank 0's names of a job's parts, on every rank.
+fn names(times: Option<&Times>, world: &Group) -> Result<Vec<String>> {
+    let mine: Vec<&str> = times.iter().flat_map(|times| times.iter().map(|(name, _)| name.as_str())).collect();
+    let mut text: Vec<i64> = mine.join("\n").bytes().map(i64::from).collect();
+    let length = world.broadcast(&Tensor::f_from_slice(&[text.len() as i64])?, 0)?.wait()?.int64_value(&[0]);
+    text.resize(length as usize, 0);
+    let text: Vec<i64> = Vec::try_from(world.broadcast(&Tensor::f_from_slice(&text)?, 0)?.wait()?)?;
+    let text = String::from_utf8(text.into_iter().map(|byte| byte as u8).collect()).context("names of kernels")?;
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+fn jobs() -> Vec<Job> {
+    let mut jobs = Vec::new();
+    let mut add = |sizes: &[i64], of: fn(&Ranks, i64) -> Result<Times>| {
+        jobs.extend(sizes.iter().map(|&size| Job { size, of: Box::new(of), runs: vec![] }));
+    };
+    add(COPIES, copies);
+    add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::None));
+    add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Lightning));
+    add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Token));
+    add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Channel));
+    add(CAUSAL_TILES, |ranks, tokens| softmax_tile(ranks, tokens, true));
+    add(CAUSAL_TILES, |ranks, tokens| left_product_tile(ranks, tokens, true));
+    add(FULL_TILES, |ranks, tokens| softmax_tile(ranks, tokens, false));
+    add(FULL_TILES, |ranks, tokens| left_product_tile(ranks, tokens, false));
+    jobs
+}
+
+/// Seconds since the last lap.
+struct Laps(Instant);
+
+impl Laps {
+    fn lap(&mut self) -> f64 {
+        let before = std::mem::replace(&mut self.0, Instant::now());
+        (self.0 - before).as_secs_f64()
+    }
+}
+
+fn copies(ranks: &Ranks, numbers: i64) -> Result<Times> {
+    let x = Tensor::f_ones([numbers], F32)?;
+    let mut sum = Tensor::f_zeros([numbers], F32)?;
+    let halves = Tensor::f_ones([1, numbers / (2 * KV_HEADS * DIM), KV_HEADS, DIM], F32)?;
+    let mut laps = ranks.ready()?;
+    let mut copy = Tensor::f_empty([numbers], F32)?;
+    copy.f_copy_(&x)?;
+    let copied = laps.lap();
+    let _ = sum.f_add_(&x)?;
+    let added = laps.lap();
+    let _ = Tensor::f_cat(&[&halves, &halves], -1)?;
+    Ok(vec![(COPY.to_owned(), copied), (ADD.to_owned(), added), (JOIN.to_owned(), laps.lap())])
+}
+
+fn random(tokens: i64, heads: i64) -> Result<Tensor> {
+    Ok(Tensor::f_randn([1, tokens, heads, DIM], F32)?)
+}
+
+fn log_decay(tokens: i64, decay: DecayKind) -> Result<Option<Tensor>> {
+    let shape: &[i64] = match decay {
+        DecayKind::None => return Ok(None),
+        DecayKind::Lightning | DecayKind::Retention => &[HEADS],
+        DecayKind::Token => &[1, tokens, HEADS],
+        DecayKind::Channel => &[1, tokens, HEADS, DIM],
+    };
+    Ok(Some(Tensor::f_rand(shape, F32)?.f_mul_scalar(-0.1)?))
+}
+
+/// The parts of a segment's forward and backward, as `runtime::sequence::linear` calls them.
+fn segment(ranks: &Ranks, tokens: i64, decay: DecayKind) -> Result<Times> {
+    let [q, k, v, d_o] = [0; 4].map(|_| random(tokens, HEADS));
+    let (q, k, v, d_o) = (q?, k?, v?, d_o?);
+    let state = Tensor::f_zeros([1, HEADS, DIM, DIM], F32)?;
+    let log_decay = log_decay(tokens, decay)?;
+    let mut x = Inputs::new(&q, &k, &v, log_decay.as_ref())?;
+    x.decay_grad = matches!(decay, DecayKind::Token | DecayKind::Channel);
+    let mixer = Chunkwise::new(CHUNK, 0.125)?;
+    let mut times = Vec::new();
+    let mut laps = ranks.ready()?;
+    let mut took = |pass: Pass, part: &str, laps: &mut Laps| times.push((linear_kernel(decay, pass, part), laps.lap()));
+
+    let mut forward: Box<dyn ForwardSegment> = mixer.forward(&x, None)?;
+    took(Pass::Forward, "open", &mut laps);
+    let _ = forward.summarize()?;
+    took(Pass::Forward, "summarize", &mut laps);
+    forward.run()?;
+    took(Pass::Forward, "run", &mut laps);
+    forward.add_entry(&state)?;
+    took(Pass::Forward, "add", &mut laps);
+    let _ = forward.finish()?;
+    took(Pass::Forward, "finish", &mut laps);
+
+    let mut backward: Box<dyn BackwardSegment> = mixer.backward(&x, Some(&state), &d_o)?;
+    took(Pass::Backward, "open", &mut laps);
+    let _ = backward.summarize_grad()?;
+    took(Pass::Backward, "summarize", &mut laps);
+    backward.run_grad()?;
+    took(Pass::Backward, "run", &mut laps);
+    backward.add_exit(&state)?;
+    took(Pass::Backward, "add", &mut laps);
+    let _ = backward.finish()?;
+    took(Pass::Backward, "finish", &mut laps);
+    Ok(times)
+}
+
+fn softmax_tile(ranks: &Ranks, tokens: i64, causal: bool) -> Result<Times> {
+    let (q, k, v) = (random(tokens, HEADS)?, random(tokens, KV_HEADS)?, random(tokens, KV_HEADS)?);
+    let d_o = random(tokens, HEADS)?;
+    let tiles = [Tile { q: 0..tokens, k: 0..tokens, causal }];
+    let mut laps = ranks.ready()?;
+    let (o, lse) = softmax::forward(&q, &k, &v, &tiles, 0.125)?;
+    let forward = laps.lap();
+    let _ = softmax::backward(&q, &k, &v, &o, &lse, &d_o, &tiles, 0.125)?;
+    let name = |pass| pairs_kernel("softmax", causal, pass);
+    Ok(vec![(name(Pass::Forward), forward), (name(Pass::Backward), laps.lap())])
+}
+
+fn left_product_tile(ranks: &Ranks, tokens: i64, causal: bool) -> Result<Times> {
+    let (q, k, v, d_o) =
+        (random(tokens, HEADS)?, random(tokens, HEADS)?, random(tokens, HEADS)?, random(tokens, HEADS)?);
+    let tiles = [left_product::Tile { q: 0..tokens, k: 0..tokens, ahead: if causal { 0 } else { tokens } }];
+    let mut laps = ranks.ready()?;
+    let _ = left_product::forward(&q, &k, &v, &Decay::None, &tiles, 0.125)?;
+    let forward = laps.lap();
+    left_product::backward(&q, &k, &v, &Decay::None, false, &d_o, &tiles, 0.125)?;
+    let name = |pass| pairs_kernel("left_product", causal, pass);
+    Ok(vec![(name(Pass::Forward), forward), (name(Pass::Backward), laps.lap())])
+}
+
+/// Microseconds until a waiting thread runs that another has handed something, with cores idle and with all of them busy; and for
+/// which a thread keeps its core when others wait. Rank 0 measures.
+fn waits(world: &Group, cores: usize) -> Result<[f64; 3]> {
+    let mut us = [0.0; 3];
+    if world.rank() == 0 {
+        us[0] = 1e6 * hand_over()?;
+        let done = AtomicBool::new(false);
+        us[1] = thread::scope(|scope| {
+            for _ in 0..cores {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        hint::spin_loop();
+                    }
+                });
+            }
+            let us = hand_over().map(|seconds| 1e6 * seconds);
+            done.store(true, Ordering::Relaxed);
+            us
+        })?;
+        us[2] = 1e6 * slice(cores);
+    }
+    let us =
+        world.broadcast(&Tensor::f_from_slice(&us)?, 0)?.wait()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
+    Ok([0, 1, 2].map(|i| us.double_value(&[i])))
+}
+
+/// Seconds that a thread runs without a break when two want each core: the median of what threads see.
+fn slice(cores: usize) -> f64 {
+    let watch = || {
+        let (start, mut runs) = (Instant::now(), Vec::new());
+        let (mut last, mut began) = (start, start);
+        while last - start < SLICES {
+            let now = Instant::now();
+            if now - last > GAP {
+                runs.push((last - began).as_secs_f64());
+                began = now;
+            }
+            last = now;
+        }
+        runs
+    };
+    let mut runs: Vec<f64> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..2 * cores).map(|_| scope.spawn(watch)).collect();
+        threads.into_iter().filter_map(|thread| thread.join().ok()).flatten().collect()
+    });
+    runs.sort_by(f64::total_cmp);
+    runs.get(runs.len() / 2).copied().unwrap_or(SLICES.as_secs_f64())
+}
+
+/// Seconds that a hand-over takes, the mean of many to and fro.
+fn hand_over() -> Result<f64> {
+    let (ball, bell) = (Mutex::new(0usize), Condvar::new());
+    let play = |parity: usize| {
+        let mut turn = ball.lock().unwrap_or_else(PoisonError::into_inner);
+        while *turn < WAKES {
+            if *turn % 2 == parity {
+                *turn += 1;
+                bell.notify_one();
+            } else {
+                turn = bell.wait(turn).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        bell.notify_one();
+    };
+    let start = Instant::now();
+    thread::scope(|scope| {
+        let other = scope.spawn(|| play(1));
+        play(0);
+        other.join().ok().context("a thread that measures wake-ups panicked")
+    })?;
+    Ok(start.elapsed().as_secs_f64() / WAKES as f64)
+}

@@ -1,0 +1,139 @@
+//! `auto`: the methods that the model finds quickest for a configuration, a number of ranks and a machine. A function of its
+//! arguments alone: ranks that know the same come to the same choice.
+
+use runtime::config::{Config, LayerKind};
+
+use super::{Machine, Method, Prediction, Result, Workload, predict};
+
+/// What was chosen for one kind of layer, and from what.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice {
+    pub kind: LayerKind,
+    /// As in `parallel.linear_method` or `parallel.softmax_method`.
+    pub method: String,
+    pub candidates: Vec<Candidate>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Candidate {
+    pub method: String,
+    /// Seconds of a step, and how many of them communication costs; or why it cannot run.
+    pub found: std::result::Result<(f64, f64), String>,
+    /// Whether the model says that it needs more memory than there is.
+    pub out_of_memory: bool,
+}
+
+/// Candidates for linear layers: exact, and of linear work. A node smaller than the group makes a hierarchy.
+fn linear(machine: &Machine, sp: usize) -> Vec<String> {
+    let mut names = vec!["lasp2".to_owned(), "lasp1".to_owned(), "all_scan".to_owned()];
+    let node = machine.gpus_per_node;
+    if node > 1 && node < sp {
+        names.push(format!("hierarchical:node={node}"));
+    }
+    names
+}
+
+fn softmax() -> Vec<String> {
+    ["lasp2h", "ring", "ulysses", "megatron_sp"].map(str::to_owned).into()
+}
+
+/// The quickest methods for the kinds of layers that ask for it; `sp` ranks share a sequence of the configuration's length. Of equals
+/// the first, and of those that fit into memory, if any does.
+pub fn choose(machine: &Machine, config: &Config, sp: usize, kinds: &[LayerKind]) -> Result<Vec<Choice>> {
+    let mut config = config.clone();
+    let mut choices = Vec::new();
+    for &kind in kinds {
+        let names = if kind == LayerKind::Linear { linear(machine, sp) } else { softmax() };
+        let mut candidates = Vec::new();
+        for name in names {
+            // Layers of the other kind take what they take, whatever this one does.
+            let work = Workload::one(&config, sp, config.train.seq_len);
+            let (found, out_of_memory) = match Method::parse(&name).and_then(|method| predict(machine, &method, &work))
+            {
+                Ok(Prediction { step_s, exposed_s, out_of_memory, .. }) => (Ok((step_s, exposed_s)), out_of_memory),
+                Err(error) => (Err(error.to_string()), false),
+            };
+            candidates.push(Candidate { method: name, found, out_of_memory });
+        }
+        let time = |candidate: &Candidate| candidate.found.as_ref().map_or(f64::INFINITY, |(step, _)| *step);
+        let fits = |candidate: &&Candidate| candidate.found.is_ok() && !candidate.out_of_memory;
+        let quickest = |of: &mut dyn Iterator<Item = &Candidate>| -> Option<Candidate> {
+            of.min_by(|a, b| time(a).total_cmp(&time(b))).cloned()
+        };
+        let best = quickest(&mut candidates.iter().filter(fits));
+        let best = best.or_else(|| quickest(&mut candidates.iter().filter(|candidate| candidate.found.is_ok())));
+        let Some(best) = best else {
+            // All fail for the same reason: the point itself.
+            predict(machine, &Method::parse("lasp2")?, &Workload::one(&config, sp, config.train.seq_len))?;
+            continue;
+        };
+        match kind {
+            LayerKind::Linear => config.parallel.linear_method.clone_from(&best.method),
+            LayerKind::Softmax => config.parallel.softmax_method.clone_from(&best.method),
+        }
+        choices.push(Choice { kind, method: best.method, candidates });
+    }
+    Ok(choices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODEL: &str = "[model]\nvocab = 1024\ndim = 2048\nlayers = 4\nheads = 16\nkv_heads = 4\npattern = \"LN\"\n\
+                         [train]\ndtype = \"bf16\"\nseq_len = 262144\n";
+
+    fn chosen(machine: &Machine, sp: usize, set: &[&str]) -> [Choice; 2] {
+        let set: Vec<String> = set.iter().map(|text| (*text).to_owned()).collect();
+        let config = Config::from_toml_str(MODEL, "test", &set).unwrap();
+        choose(machine, &config, sp, &[LayerKind::Linear, LayerKind::Softmax]).unwrap().try_into().unwrap()
+    }
+
+    /// A network of which only latency, or only bandwidth, matters.
+    fn machine(latency_us: f64, gbps: f64, node: usize) -> Machine {
+        let mut machine = Machine::load("h100-dgx").unwrap();
+        machine.gpus_per_node = node;
+        let network = &mut machine.network;
+        for protocol in [&mut network.simple, &mut network.ll128, &mut network.ll] {
+            (protocol.base_us, protocol.intra_us, protocol.inter_us) = (0.0, latency_us, latency_us);
+        }
+        (network.intra_gbps, network.inter_gbps, network.across_gbps) = (gbps, gbps, gbps);
+        machine
+    }
+
+    #[test]
+    fn the_choice_follows_the_machine() {
+        let short = ["train.seq_len=8192"];
+        // Many ranks, a slow link: a gather moves W - 1 states, a chain one.
+        let [linear, _] = chosen(&machine(0.1, 0.05, 64), 64, &short);
+        assert!(linear.method == "lasp1" || linear.method == "all_scan", "{linear:?}");
+        // Links without end, hops that take long: one gather.
+        let [linear, softmax] = chosen(&machine(500.0, 1e6, 64), 8, &short);
+        assert_eq!(linear.method, "lasp2", "{linear:?}");
+        // All-to-all is one hop, a ring has seven, a gather seven in one message.
+        assert_eq!(softmax.method, "ulysses", "{softmax:?}");
+        // Nodes whose inside is free: the scan across nodes has log2 of them.
+        let mut nodes = machine(0.1, 1e6, 8);
+        nodes.network.across_gbps = 0.5;
+        nodes.network.inter_gbps = 0.5;
+        let [linear, _] = chosen(&nodes, 64, &short);
+        assert_eq!(linear.method, "hierarchical:node=8", "{linear:?}");
+    }
+
+    #[test]
+    fn what_cannot_run_is_no_choice_and_says_why() {
+        let [_, softmax] = chosen(&machine(500.0, 1e6, 64), 32, &[]);
+        let ulysses = softmax.candidates.iter().find(|candidate| candidate.method == "ulysses").unwrap();
+        assert!(ulysses.found.as_ref().unwrap_err().contains("16 heads, 32 GPUs"), "{ulysses:?}");
+        assert_ne!(softmax.method, "ulysses");
+    }
+
+    #[test]
+    fn the_quickest_candidate_is_chosen() {
+        for choice in chosen(&Machine::load("h100-dgx").unwrap(), 16, &[]) {
+            let time = |candidate: &Candidate| candidate.found.as_ref().unwrap().0;
+            let chosen = choice.candidates.iter().find(|candidate| candidate.method == choice.method).unwrap();
+            assert!(choice.candidates.iter().all(|other| time(chosen) <= time(other)), "{choice:?}");
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! Ranks that are threads of one machine and share its cores, as on this project's test machines: what the operators of
+//! `lasp compare` take there. `lasp calibrate` measures the kernels by themselves, at several sizes; what becomes of them when
+//! ranks wait for each other, copy messages and compete for cores is simulated (`engine`), method by method and message by message.
+
+mod engine;
+mod linear;
+mod ranks;
+mod softmax;
+
+use collectives::local::Network;
+use runtime::config::{Config, DecayKind, LayoutKind};
+use serde::{Deserialize, Serialize};
+
+use super::costs::Pass;
+use super::method::{Linear, Method, Softmax};
+use super::{Error, Result};
+use engine::Cores;
+use ranks::Ranks;
+
+/// Bytes of a number: f32, the CPU's element type here.
+const WIDTH: f64 = 4.0;
+
+/// Cores that ranks share, and what was measured on them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Host {
+    pub cores: usize,
+    /// Speed of a core while the others are idle, in that of one among busy ones.
+    pub alone: f64,
+    /// How long a thread keeps its core when others wait for one.
+    pub slice_us: f64,
+    /// Until a waiting thread runs that is handed something, with a core idle.
+    pub wake_us: f64,
+    /// The same while all cores are busy.
+    pub wake_busy_us: f64,
+    /// The network between ranks, as text, if it was emulated; else they meet in this machine's memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
+    /// Sizes at which the kernels were measured.
+    pub heads: i64,
+    pub kv_heads: i64,
+    pub head_dim: i64,
+    pub chunk: i64,
+    pub kernels: Vec<Kernel>,
+}
+
+/// What a kernel takes by size, on every core at once, or with all cores for itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    pub name: String,
+    /// Libtorch threads.
+    pub threads: usize,
+    /// Tokens, or numbers of a copy; ascending.
+    pub at: Vec<f64>,
+    pub us: Vec<f64>,
+}
+
+impl Kernel {
+    /// Seconds at a size: between those measured along straight lines of the logarithms, so too below them; above them with the
+    /// size to the power `degree`.
+    fn seconds(&self, size: f64, degree: f64) -> f64 {
+        let last = self.at.len() - 1;
+        if size > self.at[last] {
+            return 1e-6 * self.us[last] * (size / self.at[last]).powf(degree);
+        }
+        let upper = self.at.partition_point(|at| *at < size).clamp(1, last);
+        let [(x0, y0), (x1, y1)] = [upper - 1, upper].map(|i| (self.at[i].ln(), self.us[i].ln()));
+        1e-6 * (y0 + (y1 - y0) * (size.ln() - x0) / (x1 - x0)).exp()
+    }
+}
+
+impl Host {
+    pub(super) fn check(&self) -> std::result::Result<(), String> {
+        for (key, found) in [("cores", self.cores as f64), ("alone", self.alone), ("slice_us", self.slice_us)] {
+            if !(found.is_finite() && found > 0.0) {
+                return Err(format!("host.{key}: found {found}, expected a number above 0"));
+            }
+        }
+        for kernel in &self.kernels {
+            let rising =
+                kernel.at.windows(2).all(|pair| pair[0] < pair[1]) && kernel.at.first().is_some_and(|at| *at > 0.0);
+            if kernel.at.len() < 2
+                || kernel.at.len() != kernel.us.len()
+                || !rising
+                || kernel.us.iter().any(|us| *us <= 0.0 || us.is_nan())
+            {
+                return Err(format!(
+                    "host.kernels: {}: found {} sizes and {} times, expected two or more rising sizes and as many times above 0",
+                    kernel.name,
+                    kernel.at.len(),
+                    kernel.us.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn network(&self) -> Result<Option<Network>> {
+        let parsed = self.network.as_deref().map(str::parse).transpose();
+        parsed
+            .map_err(|e: collectives::Error| Error::Machine { name: "host.network".to_owned(), message: e.to_string() })
+    }
+
+    /// Where messages take no time: nothing is copied, and nobody has to wake.
+    pub(super) fn unhindered(&self) -> Host {
+        let mut host = Host { wake_us: 0.0, wake_busy_us: 0.0, ..self.clone() };
+        for kernel in host.kernels.iter_mut().filter(|kernel| [COPY, ADD].contains(&kernel.name.as_str())) {
+            kernel.us.fill(0.0);
+        }
+        host
+    }
+
+    /// Seconds in which all of `ranks` sum up the gradients of so many parameters, each with what it does itself.
+    pub(super) fn sum_gradients(&self, network: Option<Network>, ranks: usize, parameters: f64) -> Result<f64> {
+        if ranks < 2 {
+            return Ok(0.0);
+        }
+        let all: Vec<usize> = (0..ranks).collect();
+        let mut simulated = Ranks::new(self, network, ranks);
+        let part = parameters * WIDTH / ranks as f64;
+        let issued = simulated.all_now();
+        let summed = simulated.reduce_scatter(part, &issued)?;
+        let gathered = simulated.all_gather(&all, part, &summed)?;
+        let times = simulated.engine.run(self.cores());
+        Ok(gathered.into_iter().map(|end| times[end]).fold(0.0, f64::max))
+    }
+
+    /// Of those measured for other numbers of threads the nearest.
+    fn kernel(&self, name: &str, threads: usize) -> Result<&Kernel> {
+        let found = self.kernels.iter().filter(|kernel| kernel.name == name);
+        let nearest = found.min_by_key(|kernel| kernel.threads.abs_diff(threads));
+        nearest.ok_or_else(|| Error::Kernel { name: name.to_owned() })
+    }
+
+    /// Seconds of a kernel that works through `tokens` on each of `ranks`. Where several ranks share a core they find its caches
+    /// as one rank with all their tokens would; what a call costs by itself, each pays.
+    fn by_tokens(&self, name: &str, ranks: usize, tokens: f64) -> Result<f64> {
+        let sharing = (ranks as f64 / self.cores as f64).max(1.0);
+        let kernel = self.kernel(name, self.threads(ranks))?;
+        Ok(kernel.seconds(tokens, 1.0).max(kernel.seconds(sharing * tokens, 1.0) / sharing))
+    }
+
+    /// Seconds of a tile with as many keys as queries; `name` gives the kernel with a causal mask, or without. A causal tile longer
+    /// than any measured is two of half the length and a square.
+    fn tile(&self, name: &dyn Fn(bool) -> String, causal: bool, ranks: usize, tokens: f64) -> Result<f64> {
+        if tokens <= 0.0 {
+            return Ok(0.0);
+        }
+        let kernel = self.kernel(&name(causal), self.threads(ranks))?;
+        if causal && kernel.at.last().is_some_and(|longest| tokens > *longest) {
+            let half = tokens / 2.0;
+            return Ok(2.0 * self.tile(name, true, ranks, half)? + self.tile(name, false, ranks, half)?);
+        }
+        Ok(kernel.seconds(tokens, 2.0))
+    }
+
+    /// Libtorch threads of one of `ranks`.
+    fn threads(&self, ranks: usize) -> usize {
+        (self.cores / ranks).max(1)
+    }
+
+    /// Seconds to copy so many bytes, on one thread. What ranks copy was written by another core, or long ago: it takes the time
+    /// of the longest copy measured.
+    fn copy(&self, bytes: f64) -> Result<f64> {
+        self.cold(COPY, bytes)
+    }
+
+    /// Seconds to add so many bytes to as many others.
+    fn add(&self, bytes: f64) -> Result<f64> {
+        self.cold(ADD, bytes)
+    }
+
+    /// Seconds to put keys and values side by side.
+    fn join(&self, bytes: f64) -> Result<f64> {
+        self.cold(JOIN, bytes)
+    }
+
+    fn cold(&self, name: &str, bytes: f64) -> Result<f64> {
+        let kernel = self.kernel(name, 1)?;
+        let (numbers, last) = (bytes / WIDTH, kernel.at.len() - 1);
+        Ok(1e-6 * (kernel.us[0] + kernel.us[last] / kernel.at[last] * numbers))
+    }
+
+    fn cores(&self) -> Cores {
+        Cores {
+            number: self.cores,
+            alone: self.alone,
+            slice: 1e-6 * self.slice_us,
+            wake: [1e-6 * self.wake_us, 1e-6 * self.wake_busy_us],
+        }
+    }
+}
+
+/// Names of kernels that are no method's.
+pub const COPY: &str = "copy";
+pub const ADD: &str = "add";
+/// Keys and values side by side, head by head.
+pub const JOIN: &str = "join";
+
+/// The name of a part of linear attention.
+pub fn linear_kernel(decay: DecayKind, pass: Pass, part: &str) -> String {
+    let decay = match decay {
+        DecayKind::None => "none",
+        DecayKind::Lightning | DecayKind::Retention => "head",
+        DecayKind::Token => "token",
+        DecayKind::Channel => "channel",
+    };
+    format!("linear {decay} {} {part}", name(pass))
+}
+
+/// The name of attention over pairs, by a softmax or as a left product, with a causal mask or without.
+pub fn pairs_kernel(kind: &str, causal: bool, pass: Pass) -> String {
+    format!("{kind} {} {}", if causal { "causal" } else { "full" }, name(pass))
+}
+
+fn name(pass: Pass) -> &'static str {
+    if pass == Pass::Forward { "forward" } else { "backward" }
+}
+
+/// One operator: sizes, and where its tokens are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    pub ranks: usize,
+    /// Of the whole sequence, and of one rank.
+    pub whole: f64,
+    pub tokens: f64,
+    pub layout: LayoutKind,
+    pub heads: f64,
+    pub kv_heads: f64,
+    pub dim: f64,
+    pub chunk: f64,
+    pub decay: DecayKind,
+}
+
+impl Sizes {
+    fn new(config: &Config, layout: LayoutKind, ranks: usize, tokens: usize) -> Self {
+        let model = &config.model;
+        Sizes {
+            ranks,
+            whole: tokens as f64,
+            tokens: tokens as f64 / ranks as f64,
+            layout: if ranks == 1 { LayoutKind::Contiguous } else { layout },
+            heads: model.heads as f64,
+            kv_heads: model.kv_heads as f64,
+            dim: model.head_dim() as f64,
+            chunk: model.chunk as f64,
+            decay: model.decay,
+        }
+    }
+
+    fn slots(&self) -> usize {
+        if self.layout == LayoutKind::Zigzag { 2 } else { 1 }
+    }
+
+    /// The rank of each segment, in the order in which states travel.
+    fn path(&self, pass: Pass) -> Vec<usize> {
+        let mut path: Vec<usize> = (0..self.ranks).collect();
+        if self.layout == LayoutKind::Zigzag {
+            path.extend((0..self.ranks).rev());
+        }
+        if pass == Pass::Backward {
+            path.reverse();
+        }
+        path
+    }
+
+    /// Bytes of a tensor of `heads` heads for `tokens` tokens.
+    fn bytes(&self, tokens: f64, heads: f64) -> f64 {
+        tokens * heads * self.dim * WIDTH
+    }
+}
+
+/// Seconds of forward and of backward of the operator of linear or softmax attention, from a barrier to the slowest rank.
+pub fn operator(
+    host: &Host,
+    network: Option<Network>,
+    config: &Config,
+    method: &Method,
+    softmax: bool,
+    ranks: usize,
+    tokens: usize,
+) -> Result<[f64; 2]> {
+    if ranks == 0 || tokens < ranks {
+        return Err(Error::Point { gpus: ranks, seq_len: tokens });
+    }
+    let sizes = Sizes::new(config, method.layout.unwrap_or(config.parallel.layout), ranks, tokens);
+    if softmax && method.softmax == Softmax::Ulysses && config.model.heads as usize % ranks != 0 {
+        return Err(Error::Ulysses { heads: config.model.heads as usize, ranks });
+    }
+    let mut seconds = [0.0; 2];
+    for (seconds, pass) in seconds.iter_mut().zip([Pass::Forward, Pass::Backward]) {
+        let mut ranks = Ranks::new(host, network, ranks);
+        match (softmax, method.linear) {
+            (true, _) => softmax::run(host, &mut ranks, &sizes, method.softmax, pass, false)?,
+            (false, Linear::RingLeftProduct) => softmax::run(host, &mut ranks, &sizes, Softmax::Ring, pass, true)?,
+            (false, Linear::MegatronSpLeftProduct) => {
+                softmax::run(host, &mut ranks, &sizes, Softmax::MegatronSp, pass, true)?
+            }
+            (false, scan) => linear::run(host, &mut ranks, &sizes, scan, pass)?,
+        }
+        let ends = ranks.all_now();
+        let times = ranks.engine.run(host.cores());
+        *seconds = ends.into_iter().map(|end| times[end]).fold(0.0, f64::max);
+    }
+    Ok(seconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simulate::Machine;
+
+    fn host() -> Host {
+        Machine::load("epyc-2core").unwrap().host.unwrap()
+    }
+
+    fn config(set: &str) -> Config {
+        let text = "[model]\nheads = 8\nkv_heads = 2\ndim = 512\nchunk = 64\ndecay = \"none\"\n";
+        Config::from_toml_str(text, "test", &[set.to_owned()]).unwrap()
+    }
+
+    fn takes(host: &Host, network: &str, method: &str, ranks: usize, tokens: usize) -> f64 {
+        let (network, method) = (network.parse().unwrap(), Method::parse(method).unwrap());
+        let softmax = ["lasp2h", "ring", "ulysses", "megatron_sp"].contains(&method.name.split('@').next().unwrap());
+        let config = config("model.chunk=64");
+        operator(host, Some(network), &config, &method, softmax, ranks, tokens).unwrap().iter().sum()
+    }
+
+    const QUICK: &str = "node=8,intra=1ns/1TB/s,inter=1ns/1TB/s";
+
+    #[test]
+    fn cores_are_shared_and_shards_add_up() {
+        let host = host();
+        for method in ["lasp2", "lasp1", "all_scan", "hierarchical:node=2", "ring@zigzag", "ulysses", "megatron_sp"] {
+            let two = takes(&host, QUICK, method, 2, 16384);
+            let eight = takes(&host, QUICK, method, 8, 16384);
+            // The same work on the same two cores.
+            assert!((0.9..1.25).contains(&(eight / two)), "{method}: {two} {eight}");
+        }
+        // Contiguous shards of a causal layer: the last rank of two has three quarters of the work.
+        let balanced = takes(&host, QUICK, "lasp2h@zigzag", 2, 16384);
+        let last = takes(&host, QUICK, "lasp2h@contiguous", 2, 16384);
+        assert!((1.3..1.55).contains(&(last / balanced)), "{last} {balanced}");
+    }
+
+    #[test]
+    fn a_gather_hides_behind_intra_rank_work_and_no_further() {
+        let host = host();
+        let free = takes(&host, QUICK, "lasp2", 2, 8192);
+        let hidden = takes(&host, "node=2,intra=5ms/1TB/s,inter=5ms/1TB/s", "lasp2", 2, 8192);
+        let shown = takes(&host, "node=2,intra=100ms/1TB/s,inter=100ms/1TB/s", "lasp2", 2, 8192);
+        assert!(hidden < 1.01 * free, "{free} {hidden}");
+        assert!(shown > free + 0.12 && shown < free + 0.2, "{free} {shown}");
+    }
+
+    #[test]
+    fn chains_take_their_hops_and_gathers_their_rounds() {
+        let host = host();
+        let slow = "node=1,intra=50ms/1TB/s,inter=50ms/1TB/s";
+        // Forward and backward: seven hops, or three rounds, each.
+        for (method, steps) in [("lasp1", 7.0), ("lasp2", 3.0), ("ring@zigzag", 14.5)] {
+            let found = takes(&host, slow, method, 8, 1024);
+            let least = if method.starts_with("ring") { 14.0 } else { 2.0 * steps };
+            assert!((least * 0.05..(least + 2.0) * 0.05).contains(&found), "{method}: {found}");
+        }
+    }
+
+    #[test]
+    fn kernels_grow_between_and_beyond_what_was_measured() {
+        let kernel = Kernel { name: "k".to_owned(), threads: 1, at: vec![10.0, 100.0], us: vec![5.0, 20.0] };
+        let us = |size: f64, degree: f64| 1e6 * kernel.seconds(size, degree);
+        for (found, expected) in [
+            (us(10.0, 2.0), 5.0),
+            (us(100.0, 2.0), 20.0),
+            (us(1000f64.sqrt(), 2.0), 10.0),
+            (us(200.0, 2.0), 80.0),
+            (us(200.0, 1.0), 40.0),
+        ] {
+            assert!((found / expected - 1.0).abs() < 1e-9, "{found} {expected}");
+        }
+        let broken = Kernel { us: vec![5.0], ..kernel };
+        let error = Host { kernels: vec![broken], ..host() }.check().unwrap_err();
+        assert!(error.contains("k: found 2 sizes and 1 times"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_run_is_an_error() {
+        let at = |method: &str, ranks| {
+            let method = Method::parse(method).unwrap();
+            operator(&host(), None, &config("model.chunk=64"), &method, true, ranks, 64).unwrap_err().to_string()
+        };
+        assert!(at("ulysses", 3).contains("8 heads, 3 GPUs"));
+        assert!(at("ring", 65).contains("64 tokens"));
+        let bare = Host { kernels: vec![], ..host() };
+        let method = Method::parse("ring").unwrap();
+        let error = operator(&bare, None, &config("model.chunk=64"), &method, true, 2, 64).unwrap_err().to_string();
+        assert!(error.contains("was not measured: run lasp calibrate"), "{error}");
+    }
+
+    #[test]
+    fn a_training_step_on_a_host_costs_its_communication() {
+        let machine = Machine::load("epyc-2core").unwrap();
+        let mut slow = machine.clone();
+        slow.host.as_mut().unwrap().network = Some("node=1,intra=20ms/100MB/s,inter=20ms/100MB/s".to_owned());
+        let config = config("model.pattern=LN");
+        let step = |machine: &Machine, ranks| {
+            let work = crate::simulate::Workload::one(&config, ranks, 4096);
+            crate::simulate::predict(machine, &Method::parse("lasp2").unwrap(), &work).unwrap()
+        };
+        let (near, far) = (step(&machine, 4), step(&slow, 4));
+        assert!(near.exposed_s >= 0.0 && near.exposed_s < 0.2 * near.step_s, "{near:?}");
+        assert!(far.exposed_s > 0.3 && (far.step_s - near.step_s) > 0.3, "{far:?}");
+    }
+}

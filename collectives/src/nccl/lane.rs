@@ -1,0 +1,277 @@
+//! A communicator with a stream of its own, on which its operations follow each other.
+//!
+//! It is made at its first use, by a thread of its own, as that blocks until all its ranks have come; what is issued meanwhile
+//! is launched by that thread afterwards. Then operations are launched by whoever issues them. Where each must first be agreed
+//! on, the thread always launches.
+
+use super::{
+    api::{Buffers, Comm},
+    cuda::Stream,
+    gpu::{Flight, Gpu},
+    peers::Peers,
+};
+use crate::{
+    Error, Pending, Result,
+    op::{Call, Op, agree},
+    pending::lock,
+};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, OnceLock, mpsc},
+    thread,
+    time::Duration,
+};
+use tch::{Device, Tensor};
+
+/// For a communicator to be freed, in which other ranks may have a part.
+const GRACE: Duration = Duration::from_secs(10);
+
+pub(super) type Make = Box<dyn FnOnce() -> Result<Comm> + Send>;
+
+pub(super) struct Lane {
+    gpu: Arc<Gpu>,
+    /// Of the group; it fixes the length of a header.
+    ranks: usize,
+    stream: Stream,
+    comm: OnceLock<(Comm, Option<Peers>)>,
+    /// For collectives: this rank's place in the group.
+    all: Option<usize>,
+    state: Mutex<State>,
+}
+
+struct State {
+    make: Option<Make>,
+    queue: VecDeque<Item>,
+    /// The lane's thread runs.
+    working: bool,
+}
+
+/// An operation to be launched.
+pub(super) struct Item {
+    pub call: Call,
+    /// Flat or not, contiguous, on the GPU; as is `out`. For a message, the one that it has.
+    pub x: Tensor,
+    pub out: Tensor,
+    /// This rank's place in the group.
+    pub rank: usize,
+    /// Where nothing may start before all ranks agree: what they, or the sender, brought.
+    pub check: Option<Pending<Tensor>>,
+    pub flight: Arc<Flight>,
+}
+
+impl Lane {
+    pub(super) fn new(gpu: &Arc<Gpu>, ranks: usize, all: Option<usize>, make: Make) -> Result<Arc<Lane>> {
+        let stream = gpu.context.stream()?;
+        let state = Mutex::new(State { make: Some(make), queue: VecDeque::new(), working: false });
+        let lane = Arc::new(Lane { gpu: gpu.clone(), ranks, stream, comm: OnceLock::new(), all, state });
+        gpu.watch_lane(&lane);
+        Ok(lane)
+    }
+
+    /// Launches it, now or later; what goes wrong then is the flight's to tell.
+    pub(super) fn issue(self: &Arc<Lane>, item: Item) -> Result<()> {
+        self.gpu.watch_flight(item.flight.clone());
+        let mut state = lock(&self.state);
+        if let (false, None, Some(comm)) = (state.working, &item.check, self.comm.get()) {
+            self.launch(comm, item);
+            return Ok(());
+        }
+        state.queue.push_back(item);
+        if !state.working {
+            state.working = true;
+            let (lane, rank) = (self.clone(), self.gpu.rank);
+            let named = thread::Builder::new().name(format!("rank {rank} lane"));
+            named.spawn(move || lane.work()).map_err(|source| Error::Spawn { rank, source })?;
+        }
+        Ok(())
+    }
+
+    fn work(self: Arc<Lane>) {
+        let _no_grad = tch::no_grad_guard();
+        let make = lock(&self.state).make.take();
+        if let Some(make) = make {
+            let made = self.gpu.context.enter().and_then(|_entered| {
+                let comm = make()?;
+                let peers = self.all.map_or(Ok(None), |rank| {
+                    let wanted = self.gpu.options.peer_copies;
+                    Peers::connect(&self.gpu.context, &comm, &self.stream, (rank, self.ranks), wanted)
+                })?;
+                Ok((comm, peers))
+            });
+            match made {
+                Ok(made) => drop(self.comm.set(made)),
+                Err(error) => {
+                    let first = lock(&self.state).queue.front().map(|item| item.flight.about.clone());
+                    if let Some(about) = first {
+                        self.gpu.fail(&about, error);
+                    }
+                }
+            }
+        }
+        loop {
+            let item = {
+                let mut state = lock(&self.state);
+                let Some(item) = state.queue.pop_front() else {
+                    state.working = false;
+                    return;
+                };
+                item
+            };
+            match self.comm.get() {
+                Some(comm) => self.agree_and_launch(comm, item),
+                None => item.flight.fail(None),
+            }
+        }
+    }
+
+    fn agree_and_launch(&self, comm: &(Comm, Option<Peers>), mut item: Item) {
+        let Some(check) = item.check.take() else { return self.launch(comm, item) };
+        let brought = check.wait().and_then(|words| calls(&words, self.ranks));
+        let compared = brought.and_then(|brought| {
+            let agreed = agree_on(&brought, &item.call, &item.flight.about.group, item.rank);
+            let Err(error) = agreed else { return Ok(true) };
+            // What was sent must be taken, or nothing behind it could come.
+            if let (Op::Recv { .. }, [sent]) = (item.call.op, brought.as_slice()) {
+                self.throw_away(&comm.0, sent)?;
+            }
+            item.flight.fail(Some(error));
+            Ok(false)
+        });
+        match compared {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => {
+                self.gpu.fail(&item.flight.about, error);
+                return item.flight.fail(None);
+            }
+        }
+        self.launch(comm, item);
+    }
+
+    fn launch(&self, (comm, peers): &(Comm, Option<Peers>), item: Item) {
+        let flight = &item.flight;
+        let launched = || {
+            if let Some(error) = self.gpu.failure() {
+                return Err(error);
+            }
+            let _entered = self.gpu.context.enter()?;
+            self.stream.wait(&flight.ready)?;
+            let begun = self.stream.record()?;
+            let on = Buffers { x: &item.x, out: &item.out, stream: &self.stream };
+            match peers {
+                Some(peers) if gathers_alike(&item.call) && peers.can(&item.x) => peers.all_gather(&on)?,
+                _ => carry_out(comm, &item.call, item.rank, &on)?,
+            }
+            self.gpu.recorder.started(flight.about.seq);
+            Ok((begun, self.stream.record()?))
+        };
+        match launched() {
+            Ok((begun, done)) => flight.launched(begun, done),
+            Err(error) => {
+                self.gpu.fail(&flight.about, error);
+                flight.fail(None);
+            }
+        }
+    }
+
+    fn throw_away(&self, comm: &Comm, sent: &Call) -> Result<()> {
+        let scratch = Tensor::f_empty([sent.numel()], (sent.kind, Device::Cuda(self.gpu.context.index)))?;
+        let _entered = self.gpu.context.enter()?;
+        // Whoever had that memory before may still compute.
+        self.stream.wait(&self.gpu.context.current_stream()?.record()?)?;
+        comm.recv(&scratch, 0, sent.numel(), 0, &self.stream)?;
+        self.stream.record()?.synchronize()
+    }
+
+    pub(super) fn copies_up_to(&self) -> usize {
+        self.comm.get().and_then(|(_, peers)| peers.as_ref()).map_or(0, Peers::longest)
+    }
+
+    pub(super) fn asynchronous_error(&self) -> Result<()> {
+        self.comm.get().map_or(Ok(()), |(comm, _)| comm.asynchronous_error())
+    }
+
+    pub(super) fn abort(&self) {
+        if let Some((comm, _)) = self.comm.get() {
+            comm.abort();
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        let Some((comm, _)) = self.comm.take() else { return };
+        let context = self.gpu.context.clone();
+        let (ended, has_ended) = mpsc::channel();
+        let free = move || {
+            let _entered = context.enter();
+            comm.destroy();
+            let _ = ended.send(());
+        };
+        if thread::Builder::new().spawn(free).is_ok() {
+            let _ = has_ended.recv_timeout(GRACE);
+        }
+    }
+}
+
+/// The headers that `words` hold, each for a group of `ranks`.
+fn calls(words: &Tensor, ranks: usize) -> Result<Vec<Call>> {
+    let mut read = vec![0; words.numel()];
+    let count = read.len();
+    words.f_copy_data(&mut read, count)?;
+    let foreign = |words: &[i64]| Error::Foreign { found: format!("the header {words:?}") };
+    read.chunks(Call::words(ranks)).map(|words| Call::decode(words).ok_or_else(|| foreign(words))).collect()
+}
+
+/// `brought`: the calls of all ranks, or for `recv` that of the sender.
+fn agree_on(brought: &[Call], own: &Call, group: &Arc<str>, rank: usize) -> Result<()> {
+    match own.op {
+        Op::Recv { from } => brought.iter().try_for_each(|sent| sent.check_received(group, from, rank, own)),
+        _ => agree(group, brought),
+    }
+}
+
+/// Whether the ranks agree, for a check that nobody waits for.
+pub(super) fn compare(words: &Tensor, own: &Call, group: &Arc<str>, rank: usize, ranks: usize) -> Result<()> {
+    agree_on(&calls(words, ranks)?, own, group, rank)
+}
+
+/// Whether it is a gather of equal parts that have elements.
+fn gathers_alike(call: &Call) -> bool {
+    match call.op {
+        Op::AllGather => call.numel() > 0,
+        Op::AllGatherV => call.numel() > 0 && call.send_rows.iter().all(|&rows| rows == call.send_rows[0]),
+        _ => false,
+    }
+}
+
+/// Enqueues the operation's NCCL calls.
+fn carry_out(comm: &Comm, call: &Call, rank: usize, on: &Buffers) -> Result<()> {
+    let equal = |rows: &[i64]| rows.iter().all(|&r| r == rows[0]);
+    let elements = |rows: &[i64]| -> Vec<i64> { rows.iter().map(|r| r * call.row()).collect() };
+    let n = call.numel();
+    match call.op {
+        // Sender and receiver are ranks 0 and 1 of a communicator of two.
+        Op::Send { .. } => comm.send(on.x, 0, n, 1, on.stream),
+        Op::Recv { .. } => comm.recv(on.out, 0, n, 0, on.stream),
+        // For these and the next, rows and shapes are such that either all ranks have elements or none.
+        Op::AllGather | Op::AllGatherV if gathers_alike(call) => comm.all_gather(on),
+        Op::AllGatherV => {
+            let recv = elements(&call.send_rows);
+            comm.exchange(on, true, &vec![recv[rank]; recv.len()], &recv)
+        }
+        Op::ReduceScatter if n > 0 => comm.reduce_scatter(on),
+        Op::ReduceScatterV if equal(&call.send_rows) && n > 0 => comm.reduce_scatter(on),
+        Op::ReduceScatterV => comm.reduce_runs(on, &elements(&call.send_rows)),
+        Op::AllReduce(op) if n > 0 => comm.all_reduce(on, op),
+        Op::AllToAll => {
+            let w = call.shape[0];
+            let each = vec![n / w; w as usize];
+            comm.exchange(on, false, &each, &each)
+        }
+        Op::AllToAllV => comm.exchange(on, false, &elements(&call.send_rows), &elements(&call.recv_rows)),
+        Op::Broadcast { root } if n > 0 => comm.broadcast(on, root),
+        // Without elements, or without data.
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,357 @@
+//! NCCL: a group's tensors on GPUs travel by it, while those on the CPU stay with the back end that started the ranks.
+//!
+//! [`open`] makes such a group from any other. NCCL is opened at run time, as are the CUDA driver and libtorch's CUDA part;
+//! nothing links to them.
+//!
+//! - **Streams.** An operation starts when the work is done that the issuing thread has enqueued so far on libtorch's current
+//!   stream, and runs on a stream of the group's own, of high priority. [`Pending::wait`] makes the waiting thread's current
+//!   stream wait, and not the host. The host waits for GPUs nowhere; it waits for other hosts where a communicator is made.
+//! - **Memory.** Inputs and results are held until a stream of libtorch waits for the operation, or it has ended; then libtorch's
+//!   allocator may use them again.
+//! - **Order.** All collectives of a group follow each other on its stream. Messages from one rank to another have a communicator
+//!   and a stream of their own, made at the first one: so a send waits for nobody, whatever the order of sends and receives.
+//!   Where kernels of several groups would fill a GPU, NCCL_LAUNCH_ORDER_IMPLICIT=1 keeps their order the same on all ranks.
+//! - **Short gathers** among processes of one machine go by the copy engines where that is quicker: [`PeerCopies`].
+//! - **Reductions** are NCCL's: in an order that depends on the number of ranks, the size and the machine, but not on the
+//!   values or the run, and bit-identical on all ranks. bf16 is summed in f32 and rounded once, as on the CPU.
+//! - **Agreement.** NCCL does not compare what ranks bring. [`Check`] says for which operations the ranks do so over the CPU's
+//!   back end; disagreement later is a time-out.
+//! - **Failures** that nobody waits for (a time-out, NCCL's own asynchronous errors, disagreement) are reported once through
+//!   [`Options::on_failure`], with the rank, the operation, its number and its size, and end the communicators.
+
+mod api;
+mod cuda;
+mod gpu;
+mod lane;
+mod library;
+mod peers;
+
+pub use api::{Library, Version};
+pub(crate) use cuda::Event;
+pub(crate) use gpu::Gpu;
+
+use crate::{
+    Error, Group, Kind, Pending, Reduce, Result, Tensor,
+    op::{Call, Op},
+    pending::lock,
+    progress::nothing,
+};
+use api::{Comm, ID_WORDS};
+use cuda::Context;
+use gpu::{About, Flight};
+use lane::{Item, Lane};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tch::Device;
+
+/// The first NCCL whose communicators may have several ranks on one GPU.
+pub const SHARES_GPUS: Version = Version { major: 2, minor: 30, patch: 0 };
+
+/// For which operations ranks compare what they bring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Check {
+    /// For all, before anything moves: disagreement is the operation's error on every rank, and the group works on. A round of
+    /// messages between hosts for each.
+    Before,
+    /// For so many collectives of each group and messages of each pair, beside their work, which does not wait; disagreement
+    /// ends the job.
+    First(u64),
+    Never,
+}
+
+/// Whether short gathers among the processes of one machine go by copies between their memories: see `peers.rs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PeerCopies {
+    /// Up to the size to which they are quicker than NCCL, measured when a group's communicator is made.
+    Measured,
+    /// Up to 1 MiB a rank, wherever the driver allows them.
+    Always,
+    Never,
+}
+
+/// Called once, on a thread of this library, when something failed that nobody waits for. What it does not end goes on with
+/// errors.
+pub type OnFailure = Arc<dyn Fn(Error) + Send + Sync>;
+
+#[derive(Clone)]
+pub struct Options {
+    pub check: Check,
+    /// From when an operation could start, until it must have ended.
+    pub timeout: Duration,
+    pub peer_copies: PeerCopies,
+    pub on_failure: OnFailure,
+}
+
+impl Options {
+    /// Checks the first thousand, which a training loop only repeats; ten minutes; peer copies where they are quicker.
+    pub fn new(on_failure: OnFailure) -> Options {
+        let timeout = Duration::from_secs(600);
+        Options { check: Check::First(1000), timeout, peer_copies: PeerCopies::Measured, on_failure }
+    }
+}
+
+/// The same ranks as `world`, this one on GPU `gpu`, whose tensors travel by NCCL; so do those of all groups split from it.
+/// Collective over `world`, which should be the group of all ranks: ranks are counted in it in messages.
+///
+/// An error where ranks have different versions, or share a GPU and the version does not allow that.
+pub fn open(world: &Group, gpu: usize, library: &'static Library, options: Options) -> Result<Group> {
+    let context = Context::new(gpu)?;
+    let host = world.plain();
+    let halves = |uuid: [u8; 16]| {
+        let (a, b) = uuid.split_at(8);
+        [a, b].map(|half| half.iter().fold(0i64, |word, &byte| word << 8 | i64::from(byte)))
+    };
+    let [a, b] = halves(context.uuid()?);
+    let Version { major, minor, patch } = library.version();
+    let mine = [a, b, (i64::from(major) << 32) + (i64::from(minor) << 16) + i64::from(patch)];
+    let gathered = host.all_gather(&Tensor::f_from_slice(&mine)?)?.wait()?;
+    let mut all = vec![0i64; 3 * host.size()];
+    gathered.f_copy_data(&mut all, 3 * host.size())?;
+    let all: Vec<&[i64]> = all.chunks(3).collect();
+    let ranks = |same: &dyn Fn(&[i64]) -> bool| -> Vec<usize> { (0..all.len()).filter(|&r| same(all[r])).collect() };
+    let others = ranks(&|other| other[2] != mine[2]);
+    if !others.is_empty() {
+        let problem = format!("ranks {others:?} have another version than {} here", library.version());
+        return Err(Error::NoNccl { problem });
+    }
+    let sharing = ranks(&|other| other[..2] == mine[..2]);
+    if sharing.len() > 1 && library.version() < SHARES_GPUS {
+        return Err(Error::SharedGpu { ranks: sharing, found: library.version() });
+    }
+    let gpu = Gpu::new(host.rank(), context, library, options, host.recorder().clone())?;
+    host.recorder().attach(&gpu);
+    Ok(world.with_lanes(Lanes::new(gpu, host)))
+}
+
+/// A group's communicators.
+pub(crate) struct Lanes {
+    gpu: Arc<Gpu>,
+    /// The same ranks, for tensors on the CPU, unrecorded.
+    host: Group,
+    /// Held while an operation is issued: ranks must agree on the order of all that belongs to it.
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    collective: Option<Arc<Lane>>,
+    collectives: u64,
+    /// By peer.
+    to: HashMap<usize, Direction>,
+    from: HashMap<usize, Direction>,
+    /// What this rank has sent to itself.
+    own: HashMap<u64, Tensor>,
+}
+
+/// Messages from one rank to another.
+#[derive(Default)]
+struct Direction {
+    lane: Option<Arc<Lane>>,
+    messages: u64,
+}
+
+fn count(counter: &mut u64) -> u64 {
+    *counter += 1;
+    *counter - 1
+}
+
+impl Lanes {
+    fn new(gpu: Arc<Gpu>, host: Group) -> Arc<Lanes> {
+        Arc::new(Lanes { gpu, host, state: Mutex::default() })
+    }
+
+    /// For a group split from this one.
+    pub(crate) fn of(&self, group: &Group) -> Arc<Lanes> {
+        Lanes::new(self.gpu.clone(), group.plain())
+    }
+
+    /// `input`: detached, on the GPU; absent for `recv`.
+    pub(crate) fn issue(self: &Arc<Lanes>, call: Call, input: Option<Tensor>) -> Result<Pending<Tensor>> {
+        if let Some(error) = self.gpu.failure() {
+            return Err(error);
+        }
+        let device = Device::Cuda(self.gpu.context.index);
+        if let Some(found) = input.as_ref().map(Tensor::device).filter(|found| *found != device) {
+            let message = format!("found a tensor on {found:?}, but this rank's GPU is {device:?}");
+            return Err(Error::Cuda { call: call.op.name(), code: 0, message });
+        }
+        let (rank, size) = (self.host.rank(), self.host.size());
+        let mut state = lock(&self.state);
+        let number = match call.op {
+            Op::Send { to } => count(&mut state.to.entry(to).or_default().messages),
+            Op::Recv { from } => count(&mut state.from.entry(from).or_default().messages),
+            _ => count(&mut state.collectives),
+        };
+        let call = Call { number, ..call };
+        let about = self.about(&call);
+        match (call.op, &input) {
+            (Op::Send { to }, Some(x)) if to == rank => {
+                state.own.insert(number, copy(x)?);
+                drop(state);
+                return self.at_once(about, nothing()?);
+            }
+            (Op::Recv { from }, _) if from == rank => {
+                drop(state);
+                return Ok(self.from_itself(call, about));
+            }
+            _ => {}
+        }
+
+        // bf16 sums are rounded once.
+        let sums = matches!(call.op, Op::ReduceScatter | Op::ReduceScatterV | Op::AllReduce(Reduce::Sum));
+        let wide = if sums && call.kind == Kind::BFloat16 { Kind::Float } else { call.kind };
+        let out = Tensor::f_empty(shape(&call, rank, size), (wide, device))?;
+        let x = match (&input, call.op) {
+            // Its sender may write to it at once.
+            (Some(x), Op::Send { .. }) => copy(x)?,
+            (Some(x), _) => x.f_to_kind(wide)?.f_contiguous()?,
+            (None, _) => out.shallow_clone(),
+        };
+        let ready = {
+            let _entered = self.gpu.context.enter()?;
+            self.gpu.context.current_stream()?.record()?
+        };
+        let check = self.check(&call, &about)?;
+        let lane = self.lane(&mut state, call.op)?;
+        let held = vec![x.shallow_clone(), out.shallow_clone()];
+        let flight = Flight::new(about.clone(), ready, lane.clone(), held);
+        lane.issue(Item { call: call.clone(), x, out: out.shallow_clone(), rank, check, flight: flight.clone() })?;
+        drop(state);
+        if matches!(call.op, Op::Send { .. }) {
+            return Ok(Pending::ready(nothing()?));
+        }
+        let gpu = self.gpu.clone();
+        Ok(Pending::coming(flight.arrived(), move || {
+            let (before, after) = {
+                let _entered = gpu.context.enter()?;
+                flight.join(&gpu, &gpu.context.current_stream()?)?
+            };
+            gpu.waited(about, before, after);
+            Ok(out.f_to_kind(call.kind)?)
+        }))
+    }
+
+    pub(crate) fn copies_up_to(&self) -> usize {
+        lock(&self.state).collective.as_ref().map_or(0, |lane| lane.copies_up_to())
+    }
+
+    fn about(&self, call: &Call) -> About {
+        let (op, group) = (call.op.name(), self.host.shared_name());
+        let bytes = call.bytes(self.host.rank(), self.host.size());
+        let seq = self.gpu.recorder.issued(group.clone(), op, bytes);
+        About { op, number: call.number, group, bytes, seq }
+    }
+
+    fn at_once(&self, about: About, result: Tensor) -> Result<Pending<Tensor>> {
+        let About { op, group, bytes, seq, .. } = about;
+        self.gpu.recorder.started(seq);
+        self.gpu.recorder.ended(seq, group, op, bytes, true);
+        Ok(Pending::ready(result))
+    }
+
+    /// Looked for when it is waited for: it may be sent after the receive was issued.
+    fn from_itself(self: &Arc<Lanes>, call: Call, about: About) -> Pending<Tensor> {
+        let (lanes, rank) = (self.clone(), self.host.rank());
+        Pending::coming(Arc::new(true.into()), move || {
+            let Some(x) = lock(&lanes.state).own.remove(&call.number) else {
+                return Err(lanes.gpu.error(&about, "waited for, but this rank has not sent it to itself".into()));
+            };
+            let sent = Call { kind: x.f_kind()?, shape: x.size(), ..call.clone() };
+            sent.check_received(&about.group, rank, rank, &call)?;
+            lanes.at_once(about, x)?.wait()
+        })
+    }
+
+    /// Sends what this rank brings to whom it concerns, over the host's back end; gives what the others bring where the
+    /// operation must await it.
+    fn check(&self, call: &Call, about: &About) -> Result<Option<Pending<Tensor>>> {
+        let wanted = match self.gpu.options.check {
+            Check::Before => true,
+            Check::First(first) => call.number < first,
+            Check::Never => false,
+        };
+        if !wanted {
+            return Ok(None);
+        }
+        let (rank, size) = (self.host.rank(), self.host.size());
+        let own = Tensor::f_from_slice(&call.encode(size))?;
+        let brought = match call.op {
+            Op::Send { to } => {
+                drop(self.host.send(&own, to)?);
+                return Ok(None);
+            }
+            Op::Recv { from } => self.host.recv(&own.size(), Kind::Int64, from)?,
+            _ => self.host.all_gather(&own)?,
+        };
+        if self.gpu.options.check == Check::Before {
+            return Ok(Some(brought));
+        }
+        let (call, group) = (call.clone(), about.group.clone());
+        let compared = brought.map(move |words| {
+            lane::compare(&words, &call, &group, rank, size)?;
+            Ok(words)
+        });
+        self.gpu.watch_check(about.clone(), compared);
+        Ok(None)
+    }
+
+    /// The operation's communicator, made at its first use.
+    fn lane(&self, state: &mut State, op: Op) -> Result<Arc<Lane>> {
+        let (host, gpu) = (&self.host, &self.gpu);
+        let place = match op {
+            Op::Send { to } => &mut state.to.entry(to).or_default().lane,
+            Op::Recv { from } => &mut state.from.entry(from).or_default().lane,
+            _ => &mut state.collective,
+        };
+        if let Some(lane) = place {
+            return Ok(lane.clone());
+        }
+        let library = gpu.library;
+        let empty = || Ok::<_, Error>(Tensor::f_from_slice(&[0i64; ID_WORDS])?);
+        let new_id = || Ok::<_, Error>(Tensor::f_from_slice(&library.unique_id()?)?);
+        let mut all = None;
+        let (id, rank, size) = match op {
+            Op::Send { to } => {
+                let id = new_id()?;
+                drop(host.send(&id, to)?);
+                (Pending::ready(id), 0, 2)
+            }
+            Op::Recv { from } => (host.recv(&[ID_WORDS as i64], Kind::Int64, from)?, 1, 2),
+            _ => {
+                all = Some(host.rank());
+                let id = if host.rank() == 0 { new_id()? } else { empty()? };
+                (host.broadcast(&id, 0)?, host.rank(), host.size())
+            }
+        };
+        let make = move || {
+            let mut words = [0; ID_WORDS];
+            id.wait()?.f_copy_data(&mut words, ID_WORDS)?;
+            Comm::new(library, words, rank, size)
+        };
+        Ok(place.insert(Lane::new(gpu, host.size(), all, Box::new(make))?).clone())
+    }
+}
+
+/// Contiguous, and nobody else's.
+fn copy(x: &Tensor) -> Result<Tensor> {
+    let mut copy = Tensor::f_empty(x.size(), (x.f_kind()?, x.device()))?;
+    copy.f_copy_(x)?;
+    Ok(copy)
+}
+
+/// Of the operation's result on this rank.
+fn shape(call: &Call, rank: usize, size: usize) -> Vec<i64> {
+    let rows = |count: i64| [&[count], call.shape.get(1..).unwrap_or_default()].concat();
+    match call.op {
+        Op::AllGather => [&[size as i64], call.shape.as_slice()].concat(),
+        Op::AllGatherV => rows(call.send_rows.iter().sum()),
+        Op::ReduceScatter => call.shape[1..].to_vec(),
+        Op::ReduceScatterV => rows(call.send_rows[rank]),
+        Op::AllToAllV => rows(call.recv_rows.iter().sum()),
+        Op::Send { .. } => vec![0],
+        _ => call.shape.clone(),
+    }
+}

@@ -1,0 +1,872 @@
+// Causal linear attention with a scalar decay on Hopper: M_s = a_s M_{s-1} + y_s^T z_s, out_s = scale x_s M_s.
+//
+// One program, compiled once for every combination of
+//   DECAY    0 none, 1 a scalar per token and head; a constant per head is one whose strides over tokens are 0
+//   REVERSE  1: time runs backwards, which is what gradients do
+//   DUAL     1: two outputs from one pass over the tokens (dv and dk); 0: one (o, or dq)
+//   K_BLOCKS, V_BLOCKS  the head's key and value size in blocks of 64, 1 or 2
+//   INTRA    0: only what the entering state adds to the outputs (forward only), for a state that comes late
+//   DOTS     1: also writes what `decay_gradient` makes the decay's gradient of
+//   STAGES, SUM_STAGES  tiles in flight in `run` and in `summarize`
+//
+//            x    y    z    state            out
+//   o        q    k    v    M                q M
+//   dq       do   v    k    M^T              do M^T
+//   dv       k    q    do   R (REVERSE)      k R
+//   dk       v    do   q    R^T (REVERSE)    v R^T
+//
+// where R is the gradient of the state. The sequences are cut into segments, about one for every multiprocessor, by the
+// plan that the host makes. `summarize` adds up a segment's y^T z; `combine` turns these sums into the state that
+// enters every segment; `run` goes through each segment with that state. No other state is ever written to memory.
+//
+// Inside a block of threads: one warpgroup loads tiles (TMA) and decays and stores outputs, one keeps the state in registers and hands a
+// bf16 copy of it to the two others for every 64 tokens, and these compute outputs.
+
+#ifndef DECAY
+#define DECAY 0
+#define REVERSE 0
+#define DUAL 0
+#define INTRA 1
+#define DOTS 0
+#define K_BLOCKS 2
+#define V_BLOCKS 2
+#define STAGES 3
+#define SUM_STAGES 5
+#endif
+// For racecheck, which does not see that one lane's arrival stands for its warp.
+#ifndef EVERY_THREAD_ARRIVES
+#define EVERY_THREAD_ARRIVES 0
+#endif
+
+#include "hopper.cuh"
+#include "wgmma.cuh"
+
+// Of a thread, by its warpgroup's role; together what the multiprocessor has.
+constexpr int LOADER_REGISTERS = 40, STATE_REGISTERS = 200, OUTPUT_REGISTERS = 136;
+
+constexpr int CHUNK = 64;
+constexpr int BLOCK = CHUNK * 128;  // bytes of one block of 64 columns of a tile
+constexpr float LOG2E = 1.4426950408889634f;
+
+constexpr __host__ __device__ int max_of(int a, int b) {
+    return a > b ? a : b;
+}
+
+// A run of tokens of one head, inside one document.
+struct Segment {
+    int batch, head, start, end;
+    int flags;
+    int slot;  // row of its sum and of its entry state
+    // Where the state at its end is: the row of an entry state, or -1 - the row of a final state.
+    int after;
+    int unused;
+};
+
+// `flags`: 1 another segment of the chain is before it, 2 another is after it, 4 it is the chain's first, 8 its last.
+// A launch names the flags of the segments that it means.
+
+constexpr int WARP_ARRIVALS = EVERY_THREAD_ARRIVES ? 32 : 1;
+
+DEVICE void warp_arrives(u32 bar, int lane) {
+    __syncwarp();
+    if (EVERY_THREAD_ARRIVES || lane == 0) barrier_arrive(bar);
+}
+
+// Consecutive segments of one head of one document, in order of time.
+struct Chain {
+    int first, count;
+    // Rows of the external entry states and of the final states, or -1.
+    int entry, final;
+};
+
+struct Decays {
+    // Natural logarithms [B, T, H], by strides.
+    const float* log;
+    long long batch, token, head;
+};
+
+struct Output {
+    void* data;
+    long long batch, token, head;  // strides in elements
+};
+
+struct SummarizeParams {
+    TensorMap y, z;
+    const Segment* segments;
+    const int* first;  // [blocks + 1]
+    float* sums;       // [slots, K, V]
+    float* decays;     // [slots], base 2
+    Decays decay;
+    float scale;
+    int dk, dv;
+    int which;   // the flags of the segments to sum up
+};
+
+struct RunParams {
+    TensorMap x, y, z, x2;
+    TensorMap out_map, out2_map;
+    Output out, out2;
+    // [B, H, T]. The part of q_i dq_i, or dual of k_i dk_i, that goes through the chunk's entering state; and (dual) what token
+    // i gives as the later one of a pair inside its chunk, less what it gives as the earlier one.
+    float* dots;
+    float* pairs;
+    const Segment* segments;
+    const int* first;
+    const float* entries;  // [slots, K, V]
+    int entry_row, entry_column;
+    Decays decay;
+    float scale;        // of the outputs
+    float entry_scale;  // of the entry states
+    int tokens;         // T
+    int rows, columns;  // of the state as this pass sees it
+    int out_columns, out2_columns;
+    int heads;
+    int accumulate;  // bit 0: adds to out; bit 1: adds to out2
+    int entered;     // the flags of the segments that a state enters
+};
+
+struct CombineParams {
+    const Chain* chains;
+    const float* sums;      // [slots, K, V], or null: zero
+    const float* decays;    // [slots]
+    const float* external;  // [rows, K, V] or null
+    float* entries;         // [slots, K, V]
+    float* finals;          // [rows, K, V] or null
+    int elements;           // K V
+    int reverse;
+};
+
+// The walk of all warpgroups over a block's tiles, the same in each.
+struct Walk {
+    int stage = 0;
+    u32 phase = 0;
+
+    template <int Stages>
+    DEVICE void next() {
+        if (++stage == Stages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+DEVICE int chunks_of(const Segment& s) {
+    return (s.end - s.start + CHUNK - 1) / CHUNK;
+}
+
+// Position in time of the `i`-th chunk that a pass visits.
+DEVICE int chunk_at(int i, int n) {
+    return REVERSE ? n - 1 - i : i;
+}
+
+// One chunk's cumulative log-decays (base 2, inclusive).
+struct ChunkDecay {
+    const float* sums;  // [CHUNK] in shared memory
+    int valid;          // tokens of this chunk
+
+    DEVICE float at(int i) const {
+        return DECAY ? sums[i] : 0.f;
+    }
+    DEVICE float total() const {
+        return at(CHUNK - 1);
+    }
+    // What a token's y^T z is multiplied by on its way into the state that leaves the chunk and is then worth e^later.
+    DEVICE float to_state(int i, float later) const {
+        if (i >= valid) return 0.f;
+        return DECAY ? exp2_fast(later + (REVERSE ? at(i) : total() - at(i))) : 1.f;
+    }
+    // What the state that enters the chunk is multiplied by on its way to a token.
+    DEVICE float from_state(int i) const {
+        return DECAY ? exp2_fast(REVERSE ? total() - at(i) : at(i)) : 1.f;
+    }
+    // From column's y to row's x.
+    DEVICE float between(int row, int column) const {
+        if (REVERSE ? column < row || column >= valid : column > row) return 0.f;
+        return DECAY ? exp2_fast(REVERSE ? at(column) - at(row) : at(row) - at(column)) : 1.f;
+    }
+};
+
+// The warp that makes cumulative sums of per-token decays, one tile ahead with its loads.
+template <int Stages>
+DEVICE void load_decays(const Decays& d, const Segment* segments, int from, int to, float* sums, u32 full, u32 empty,
+                        int lane, int which) {
+    Walk w;
+    for (int s = from; s < to; ++s) {
+        const Segment seg = segments[s];
+        if (which && !(seg.flags & which)) continue;
+        const int n = chunks_of(seg);
+        const float* base = d.log + seg.batch * d.batch + seg.head * d.head;
+        float next[2];
+        auto fetch = [&](int i) {
+            const int t = seg.start + (which ? n - 1 - i : chunk_at(i, n)) * CHUNK + 2 * lane;
+#pragma unroll
+            for (int e = 0; e < 2; ++e) next[e] = i < n && t + e < seg.end ? base[(t + e) * d.token] * LOG2E : 0.f;
+        };
+        fetch(0);
+        for (int i = 0; i < n; ++i) {
+            const float low = next[0], pair = next[0] + next[1];
+            fetch(i + 1);
+            float sum = pair;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const float other = __shfl_up_sync(~0u, sum, step);
+                if (lane >= step) sum += other;
+            }
+            barrier_wait(empty + 8 * w.stage, w.phase ^ 1);
+            sums[w.stage * CHUNK + 2 * lane] = sum - pair + low;
+            sums[w.stage * CHUNK + 2 * lane + 1] = sum;
+            warp_arrives(full + 8 * w.stage, lane);
+            w.next<Stages>();
+        }
+    }
+}
+
+// The part of a state that one thread of the state's warpgroup keeps: rows 64 m + 16 warp + lane / 4 (+ 8), columns
+// 8 n + 2 (lane % 4) (+ 1) for register 4 n + 2 (row + 8) + column.
+template <int RowBlocks, int Columns>
+struct State {
+    static constexpr int N = Columns / 2;
+    float m[RowBlocks][N];
+
+    DEVICE void scale(float by) {
+#pragma unroll
+        for (int b = 0; b < RowBlocks; ++b)
+#pragma unroll
+            for (int i = 0; i < N; ++i) m[b][i] *= by;
+    }
+
+    // f(row, column, value of this and the next column)
+    template <typename F>
+    DEVICE void each_pair(int warp, int lane, F f) {
+#pragma unroll
+        for (int b = 0; b < RowBlocks; ++b)
+#pragma unroll
+            for (int i = 0; i < N; i += 2)
+                f(64 * b + 16 * warp + lane / 4 + 8 * ((i / 2) & 1), i / 4 * 8 + 2 * (lane & 3), m[b][i], m[b][i + 1]);
+    }
+
+    // m = e^B m + sum_i f_i y_i^T z_i over a tile or, when tiles come last first (`Backwards`), m = m + e^later sum_i f_i y_i^T z_i.
+    template <bool Backwards>
+    DEVICE void update(u32 y, u32 z, const ChunkDecay& decay, float later, int warp, int lane) {
+        u32 a[RowBlocks][CHUNK / 16][4];
+        const int row = (lane & 7) + (lane & 16) / 2;  // token within 16
+        const int piece = (lane & 8) / 8;              // which 8 channels of 16
+#pragma unroll
+        for (int b = 0; b < RowBlocks; ++b)
+#pragma unroll
+            for (int k = 0; k < CHUNK / 16; ++k)
+                load_matrices_transposed(
+                    a[b][k], y + b * BLOCK + (16 * k + row) * 128 + (((2 * warp + piece) ^ (row & 7)) << 4));
+        if (DECAY || decay.valid < CHUNK) {
+#pragma unroll
+            for (int k = 0; k < CHUNK / 16; ++k) {
+                float f[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) f[e] = decay.to_state(16 * k + 8 * (e / 2) + 2 * (lane & 3) + (e & 1), later);
+#pragma unroll
+                for (int b = 0; b < RowBlocks; ++b)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        const u32 pair = a[b][k][r];
+                        a[b][k][r] = pack_bf16(low_bf16(pair) * f[r & 2], high_bf16(pair) * f[(r & 2) + 1]);
+                    }
+            }
+        }
+        if (DECAY && !Backwards) scale(exp2_fast(decay.total()));
+#pragma unroll
+        for (int b = 0; b < RowBlocks; ++b) pin(m[b]);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; ++k)
+#pragma unroll
+            for (int b = 0; b < RowBlocks; ++b)
+                Wgmma<Columns>::template rs<1>(m[b], a[b][k], descriptor(z + k * 2048, BLOCK), 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+#pragma unroll
+        for (int b = 0; b < RowBlocks; ++b) pin(m[b]);
+    }
+
+    // A bf16 copy in the layout of a tile of 64 RowBlocks rows.
+    DEVICE void publish(u32 to, int warp, int lane) {
+        const int row = (lane & 7) + (lane & 8), piece = (lane & 16) / 16;
+#pragma unroll
+        for (int b = 0; b < RowBlocks; ++b)
+#pragma unroll
+            for (int n = 0; n < Columns / 16; ++n) {
+                const float* v = &m[b][8 * n];
+                store_matrices(to + (n / 4) * (RowBlocks * BLOCK) + (64 * b + 16 * warp + row) * 128
+                                   + (((2 * (n & 3) + piece) ^ (row & 7)) << 4),
+                               pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                               pack_bf16(v[6], v[7]));
+            }
+    }
+};
+
+DEVICE void load_tile(const TensorMap* map, u32 to, int blocks, u32 bar, int token, const Segment& s) {
+    for (int b = 0; b < blocks; ++b) tma_load(to + b * BLOCK, map, bar, 64 * b, token, s.head, s.batch);
+}
+
+// ---- summarize -------------------------------------------------------------------------------------------------
+
+constexpr int SUM_STAGE = (K_BLOCKS + V_BLOCKS) * BLOCK;
+
+extern "C" __global__ void __launch_bounds__(256, 1) summarize(const __grid_constant__ SummarizeParams p) {
+    extern __shared__ char raw[];
+    const u32 tiles = (shared_address(raw) + 1023) & ~1023u;
+    __shared__ float sums[SUM_STAGES * CHUNK];
+    __shared__ u64 bars[2 * SUM_STAGES];
+    const u32 full = shared_address(bars), empty = full + 8 * SUM_STAGES;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < SUM_STAGES; ++i) {
+            barrier_init(full + 8 * i, DECAY ? 1 + WARP_ARRIVALS : 1);
+            barrier_init(empty + 8 * i, 4 * WARP_ARRIVALS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    const int from = p.first[blockIdx.x], to = p.first[blockIdx.x + 1];
+    if (threadIdx.x < 128) {
+        if (warp == 0 && lane == 0) {
+            Walk w;
+            const u64 policy = evict_last();  // `run` wants y and z again
+            for (int s = from; s < to; ++s) {
+                const Segment seg = p.segments[s];
+                if (!(seg.flags & p.which)) continue;
+                const int n = chunks_of(seg);
+                for (int i = 0; i < n; ++i) {
+                    const int token = seg.start + (n - 1 - i) * CHUNK;
+                    const u32 tile = tiles + w.stage * SUM_STAGE, bar = full + 8 * w.stage;
+                    barrier_wait(empty + 8 * w.stage, w.phase ^ 1);
+                    barrier_expect(bar, SUM_STAGE);
+                    for (int b = 0; b < K_BLOCKS; ++b)
+                        tma_load(tile + b * BLOCK, &p.y, bar, 64 * b, token, seg.head, seg.batch, policy);
+                    for (int b = 0; b < V_BLOCKS; ++b)
+                        tma_load(tile + (K_BLOCKS + b) * BLOCK, &p.z, bar, 64 * b, token, seg.head, seg.batch, policy);
+                    w.next<SUM_STAGES>();
+                }
+            }
+        } else if (DECAY && warp == 1) {
+            load_decays<SUM_STAGES>(p.decay, p.segments, from, to, sums, full, empty, lane, p.which);
+        }
+    } else {
+        Walk w;
+        for (int s = from; s < to; ++s) {
+            const Segment seg = p.segments[s];
+            if (!(seg.flags & p.which)) continue;
+            State<K_BLOCKS, 64 * V_BLOCKS> state;
+            state.each_pair(warp, lane, [](int, int, float& a, float& b) { a = b = 0.f; });
+            const int n = chunks_of(seg);
+            float total = 0.f;
+            for (int i = 0; i < n; ++i) {
+                const int token = seg.start + (n - 1 - i) * CHUNK;
+                const u32 tile = tiles + w.stage * SUM_STAGE;
+                barrier_wait(full + 8 * w.stage, w.phase);
+                const ChunkDecay decay{sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
+                // From the last tile to the first, as `run` then finds the first ones in the L2 cache.
+                state.update<!REVERSE>(tile, tile + K_BLOCKS * BLOCK, decay, REVERSE ? 0.f : total, warp, lane);
+                total += decay.total();
+                warp_arrives(empty + 8 * w.stage, lane);
+                w.next<SUM_STAGES>();
+            }
+            float* out = p.sums + (long long)seg.slot * p.dk * p.dv;
+            state.each_pair(warp, lane, [&](int row, int column, float& a, float& b) {
+                if (row < p.dk && column < p.dv)
+                    *reinterpret_cast<float2*>(out + row * p.dv + column) = make_float2(a * p.scale, b * p.scale);
+            });
+            if (threadIdx.x == 128) p.decays[seg.slot] = total;
+        }
+    }
+}
+
+// ---- combine ---------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ CombineParams p) {
+    const int at = (blockIdx.x * 128 + threadIdx.x) * 4;
+    if (at < p.elements) {
+        const Chain c = p.chains[blockIdx.y];
+        const long long size = p.elements;
+        float4 state = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (c.entry >= 0 && p.external) state = *reinterpret_cast<const float4*>(p.external + c.entry * size + at);
+#pragma unroll 4
+        for (int i = 0; i < c.count; ++i) {
+            const int slot = c.first + (p.reverse ? c.count - 1 - i : i);
+            const bool last = i + 1 == c.count;
+            *reinterpret_cast<float4*>(p.entries + slot * size + at) = state;
+            if (last && (c.final < 0 || !p.finals)) break;
+            const float4 sum = p.sums ? *reinterpret_cast<const float4*>(p.sums + slot * size + at) : make_float4(0, 0, 0, 0);
+            const float a = exp2f(p.decays[slot]);
+            state.x = a * state.x + sum.x;
+            state.y = a * state.y + sum.y;
+            state.z = a * state.z + sum.z;
+            state.w = a * state.w + sum.w;
+        }
+        if (c.final >= 0 && p.finals) *reinterpret_cast<float4*>(p.finals + c.final * size + at) = state;
+    }
+}
+
+// ---- run -------------------------------------------------------------------------------------------------------
+
+constexpr int X_BLOCKS = max_of(K_BLOCKS, V_BLOCKS);  // room for x, and later for the output in its place
+constexpr int Y_AT = X_BLOCKS * BLOCK;
+constexpr int Z_AT = Y_AT + K_BLOCKS * BLOCK;
+constexpr int X2_AT = Z_AT + V_BLOCKS * BLOCK;
+constexpr int STAGE = INTRA ? X2_AT + (DUAL ? X_BLOCKS : DOTS ? V_BLOCKS : 0) * BLOCK : X_BLOCKS * BLOCK;
+constexpr int LOADED = (INTRA ? 2 * K_BLOCKS + V_BLOCKS + (DUAL || DOTS ? V_BLOCKS : 0) : K_BLOCKS) * BLOCK;
+constexpr int SNAPSHOT = K_BLOCKS * V_BLOCKS * BLOCK;
+// Where (dual, DOTS) one warpgroup of the outputs shows the other its do v^T: thread by thread, as their scores are laid out alike.
+constexpr int EXCHANGE_AT = STAGES * STAGE + 2 * SNAPSHOT;
+constexpr int OUTPUT_ARRIVALS = DUAL ? 2 : 1;
+
+struct Shared {
+    u32 tiles, snapshots, full, empty, ready, taken, entered, done;
+
+    // One for each stage, so that outputs cannot be two phases ahead of their store.
+    DEVICE u32 done_bar(int stage, int mine) const {
+        return done + 8 * (stage + (DUAL ? mine * STAGES : 0));
+    }
+};
+
+// TMA clips at the tensor's end, not at a document's.
+DEVICE bool stored_by_tma(int valid, int token, const RunParams& p) {
+    return valid == CHUNK || token + valid == p.tokens;
+}
+
+// One warpgroup's outputs of one chunk: x times the state plus the masked (x y^T) z. `XBlocks`, `OutBlocks`: columns of
+// x and of the output; `Transposed`: the state is needed as its transpose.
+template <int XBlocks, int OutBlocks, bool Transposed>
+DEVICE void outputs(const RunParams& p, u32 done_bar, u32 ready_bar, u32 ready_parity, u32 taken_bar, u32 x, u32 y, u32 z,
+                    u32 snapshot, u32 weights, u32 exchange, float* pair_sums, const ChunkDecay& decay, const Output& out,
+                    int out_columns, bool add, int token, const Segment& seg, int warp, int lane, int named) {
+    constexpr int N = 64 * OutBlocks;
+    float o[N / 2];
+    float s[32];
+    if (INTRA) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4 * XBlocks; ++k) {
+            const u32 at = (k / 4) * BLOCK + (k % 4) * 32;
+            Wgmma<64>::ss<0>(s, descriptor(x + at, 0), descriptor(y + at, 0), k > 0);
+        }
+        wgmma_commit();
+    }
+    barrier_wait(ready_bar, ready_parity);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4 * XBlocks; ++k) {
+        const u64 a = descriptor(x + (k / 4) * BLOCK + (k % 4) * 32, 0);
+        if (Transposed)
+            Wgmma<N>::template ss<0>(o, a, descriptor(snapshot + (k / 4) * (K_BLOCKS * BLOCK) + (k % 4) * 32, 0), k > 0);
+        else
+            Wgmma<N>::template ss<1>(o, a, descriptor(snapshot + k * 2048, K_BLOCKS * BLOCK), k > 0);
+    }
+    wgmma_commit();
+    const int row = 16 * warp + lane / 4, column = 2 * (lane & 3);
+    u32 a[4][4];
+    if (INTRA) {
+        wgmma_wait<1>();
+        pin(s);
+        const int thread = 32 * warp + lane;
+        if (DOTS && DUAL && Transposed) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) store_shared(exchange + 4 * (128 * i + thread), s[i]);
+            asm volatile("bar.arrive 5, 256;" ::: "memory");
+        }
+        constexpr bool PAIRS = DOTS && DUAL && !Transposed;
+        if (PAIRS) asm volatile("bar.sync 5, 256;" ::: "memory");
+        float earlier[2] = {0.f, 0.f}, later[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) later[i] = 0.f;
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const int i = 8 * k + 2 * r, at_row = row + 8 * (r & 1), at = 16 * k + 8 * (r / 2) + column;
+                const float f0 = decay.between(at_row, at), f1 = decay.between(at_row, at + 1);
+                if (PAIRS) {
+                    // A token paired with itself has no decay between.
+                    const float w0 = at == at_row ? 0.f : s[i] * f0 * load_shared(exchange + 4 * (128 * i + thread));
+                    const float w1 = at + 1 == at_row ? 0.f : s[i + 1] * f1 * load_shared(exchange + 4 * (128 * i + 128 + thread));
+                    earlier[r & 1] += w0 + w1;
+                    later[4 * k + 2 * (r / 2)] += w0;
+                    later[4 * k + 2 * (r / 2) + 1] += w1;
+                }
+                a[k][r] = DECAY ? pack_bf16(s[i] * f0, s[i + 1] * f1)
+                                : pack_bf16(f0 != 0.f ? s[i] : 0.f, f1 != 0.f ? s[i + 1] : 0.f);
+            }
+        if (PAIRS) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                earlier[e] += __shfl_xor_sync(~0u, earlier[e], 1);
+                earlier[e] += __shfl_xor_sync(~0u, earlier[e], 2);
+                if ((lane & 3) == 0) pair_sums[row + 8 * e] = earlier[e];
+            }
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+#pragma unroll
+                for (int step = 4; step < 32; step *= 2) later[i] += __shfl_xor_sync(~0u, later[i], step);
+                if (lane < 4) pair_sums[CHUNK * (warp + 1) + 8 * (i / 2) + 2 * lane + (i & 1)] = later[i];
+            }
+            warpgroup_sync(named);
+            if (thread < decay.valid) {
+                float sum = -pair_sums[thread];
+#pragma unroll
+                for (int w = 1; w < 5; ++w) sum += pair_sums[CHUNK * w + thread];
+                p.pairs[(long long)(seg.batch * p.heads + seg.head) * p.tokens + token + thread] = sum * p.scale;
+            }
+        }
+    }
+    wgmma_wait<0>();
+    pin(o);
+    warp_arrives(taken_bar, lane);
+    if (DECAY) {
+        const float f0 = decay.from_state(row), f1 = decay.from_state(row + 8);
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) o[i] *= (i & 2) ? f1 : f0;
+        pin(o);
+    }
+    if (DOTS && (!DUAL || Transposed)) {
+        float dot[2] = {0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < N / 2; i += 2) {
+            const int r = row + 8 * ((i / 2) & 1), n = i / 4;
+            const u32 pair = __float_as_uint(
+                load_shared(weights + (n / 8) * BLOCK + r * 128 + (((n & 7) ^ (r & 7)) << 4) + 2 * column));
+            dot[(i / 2) & 1] += o[i] * low_bf16(pair) + o[i + 1] * high_bf16(pair);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            dot[e] += __shfl_xor_sync(~0u, dot[e], 1);
+            dot[e] += __shfl_xor_sync(~0u, dot[e], 2);
+            const int r = row + 8 * e;
+            if ((lane & 3) == 0 && r < decay.valid)
+                p.dots[(long long)(seg.batch * p.heads + seg.head) * p.tokens + token + r] = dot[e] * p.scale;
+        }
+    }
+    if (INTRA) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Wgmma<N>::template rs<1>(o, a[k], descriptor(z + k * 2048, BLOCK), 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(o);
+    }
+    const float scale = p.scale;
+    if (DOTS && DUAL) asm volatile("bar.sync 4, 256;" ::: "memory");  // k has been read for the dots
+    warpgroup_sync(named);  // all four warps are done with x
+    {
+        const int r = (lane & 7) + (lane & 8), piece = (lane & 16) / 16;
+#pragma unroll
+        for (int n = 0; n < N / 16; ++n) {
+            const float* v = &o[8 * n];
+            store_matrices(x + (n / 4) * BLOCK + (16 * warp + r) * 128 + (((2 * (n & 3) + piece) ^ (r & 7)) << 4),
+                           pack_bf16(v[0] * scale, v[1] * scale), pack_bf16(v[2] * scale, v[3] * scale),
+                           pack_bf16(v[4] * scale, v[5] * scale), pack_bf16(v[6] * scale, v[7] * scale));
+        }
+    }
+    if (!stored_by_tma(decay.valid, token, p)) {
+        warpgroup_sync(named);
+        unsigned short* base = (unsigned short*)out.data + seg.batch * out.batch + seg.head * out.head;
+        for (int i = 32 * warp + lane; i < decay.valid * 8 * OutBlocks; i += 128) {
+            const int r = i / (8 * OutBlocks), piece = i % (8 * OutBlocks);
+            if (8 * piece >= out_columns) continue;
+            const u32 from = x + (piece / 8) * BLOCK + r * 128 + (((piece & 7) ^ (r & 7)) << 4);
+            uint4 v;
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+            uint4* at = reinterpret_cast<uint4*>(base + (token + r) * out.token + 8 * piece);
+            if (add) {
+                const uint4 old = *at;
+                v = make_uint4(add_bf16(v.x, old.x), add_bf16(v.y, old.y), add_bf16(v.z, old.z), add_bf16(v.w, old.w));
+            }
+            *at = v;
+        }
+    }
+    fence_async();
+    barrier_arrive(done_bar);
+}
+
+// The warp that stores one warpgroup's outputs and then frees their tile, so that the warpgroup need not wait for TMA.
+DEVICE void store_outputs(const RunParams& p, const Shared& sh, int from, int to, int mine) {
+    const bool second = DUAL && mine == 1;
+    const TensorMap* map = second ? &p.out2_map : &p.out_map;
+    const int blocks = second ? K_BLOCKS : V_BLOCKS;
+    const bool add = p.accumulate & (second ? 2 : 1);
+    Walk w;
+    int count = 0;
+    for (int s = from; s < to; ++s) {
+        const Segment seg = p.segments[s];
+        const int n = chunks_of(seg);
+        for (int i = 0; i < n; ++i, ++count) {
+            const int stage = w.stage, token = seg.start + chunk_at(i, n) * CHUNK;
+            const u32 phase = w.phase;
+            w.next<STAGES>();
+            if (!DUAL && (count & 1) != mine) continue;
+            barrier_wait(sh.done_bar(stage, mine), phase);
+            if (stored_by_tma(min(CHUNK, seg.end - token), token, p)) {
+                const u32 tile = sh.tiles + stage * STAGE + (second ? X2_AT : 0);
+                for (int b = 0; b < blocks; ++b)
+                    tma_store(map, tile + b * BLOCK, 64 * b, token, seg.head, seg.batch, add);
+                tma_store_commit();
+                tma_store_wait_read<0>();
+            }
+            barrier_arrive(sh.empty + 8 * stage);
+        }
+    }
+    tma_store_wait<0>();
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__ RunParams p) {
+    extern __shared__ char raw[];
+    __shared__ float sums[STAGES * CHUNK];
+    __shared__ float pair_sums[DOTS && DUAL ? 5 * CHUNK : 1];
+    __shared__ u64 bars[(2 + OUTPUT_ARRIVALS) * STAGES + 5];
+    Shared sh;
+    sh.tiles = (shared_address(raw) + 1023) & ~1023u;
+    sh.snapshots = sh.tiles + STAGES * STAGE;
+    sh.full = shared_address(bars);
+    sh.empty = sh.full + 8 * STAGES;
+    sh.ready = sh.empty + 8 * STAGES;
+    sh.taken = sh.ready + 16;
+    sh.entered = sh.taken + 16;
+    sh.done = sh.entered + 8;
+    const int role = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(sh.full + 8 * i, DECAY ? 1 + WARP_ARRIVALS : 1);
+            barrier_init(sh.empty + 8 * i, 4 * WARP_ARRIVALS + OUTPUT_ARRIVALS);
+        }
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(sh.ready + 8 * i, 128);
+            barrier_init(sh.taken + 8 * i, 4 * WARP_ARRIVALS * OUTPUT_ARRIVALS);
+        }
+        for (int i = 0; i < OUTPUT_ARRIVALS * STAGES; ++i) barrier_init(sh.done + 8 * i, 128);
+        barrier_init(sh.entered, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    const int from = p.first[blockIdx.x], to = p.first[blockIdx.x + 1];
+    if (role == 0) {
+        registers_fewer<LOADER_REGISTERS>();
+        if (warp == 0 && lane == 0) {
+            Walk w;
+            for (int s = from; s < to; ++s) {
+                const Segment seg = p.segments[s];
+                const int n = chunks_of(seg);
+                for (int i = 0; i < n; ++i) {
+                    const int token = seg.start + chunk_at(i, n) * CHUNK;
+                    const u32 tile = sh.tiles + w.stage * STAGE, bar = sh.full + 8 * w.stage;
+                    barrier_wait(sh.empty + 8 * w.stage, w.phase ^ 1);
+                    barrier_expect(bar, LOADED);
+                    if (INTRA) {
+                        load_tile(&p.y, tile + Y_AT, K_BLOCKS, bar, token, seg);
+                        load_tile(&p.z, tile + Z_AT, V_BLOCKS, bar, token, seg);
+                    }
+                    load_tile(&p.x, tile, K_BLOCKS, bar, token, seg);
+                    if (DUAL || DOTS) load_tile(&p.x2, tile + X2_AT, V_BLOCKS, bar, token, seg);
+                    w.next<STAGES>();
+                }
+            }
+        } else if (DECAY && warp == 1) {
+            load_decays<STAGES>(p.decay, p.segments, from, to, sums, sh.full, sh.empty, lane, 0);
+        } else if (warp >= 2 && lane == 0) {
+            store_outputs(p, sh, from, to, warp - 2);
+        }
+    } else if (role == 1) {
+        registers_more<STATE_REGISTERS>();
+        Walk w;
+        int count = 0;
+        u32 entered = 0;
+        for (int s = from; s < to; ++s) {
+            const Segment seg = p.segments[s];
+            State<K_BLOCKS, 64 * V_BLOCKS> state;
+            state.each_pair(warp, lane, [](int, int, float& a, float& b) { a = b = 0.f; });
+            if (seg.flags & p.entered) {
+                // By way of the snapshots, once the outputs' warpgroups are done with them.
+                barrier_wait(sh.taken + 8 * (count & 1), (count / 2 & 1) ^ 1);
+                barrier_wait(sh.taken + 8 * (~count & 1), ((count + 1) / 2 & 1) ^ 1);
+                if (threadIdx.x == 128) {
+                    const u32 bytes = 4 * p.rows * p.columns;
+                    barrier_expect(sh.entered, bytes);
+                    bulk_load(sh.snapshots, p.entries + (long long)seg.slot * p.rows * p.columns, sh.entered, bytes);
+                }
+                barrier_wait(sh.entered, entered);
+                entered ^= 1;
+                const float* entry = reinterpret_cast<const float*>(raw + (sh.snapshots - shared_address(raw)));
+                state.each_pair(warp, lane, [&](int row, int column, float& a, float& b) {
+                    if (row < p.rows && column < p.columns) {
+                        const float* at = entry + row * p.entry_row + column * p.entry_column;
+                        a = at[0] * p.entry_scale;
+                        b = at[p.entry_column] * p.entry_scale;
+                    }
+                });
+                warpgroup_sync(1);
+            }
+            const int n = chunks_of(seg);
+            for (int i = 0; i < n; ++i, ++count) {
+                const int token = seg.start + chunk_at(i, n) * CHUNK, slot = count & 1;
+                barrier_wait(sh.taken + 8 * slot, (count / 2 & 1) ^ 1);
+                state.publish(sh.snapshots + slot * SNAPSHOT, warp, lane);
+                fence_async();
+                barrier_arrive(sh.ready + 8 * slot);
+                const u32 tile = sh.tiles + w.stage * STAGE;
+                barrier_wait(sh.full + 8 * w.stage, w.phase);
+                const ChunkDecay decay{sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
+                if (!INTRA)
+                    state.scale(exp2_fast(decay.total()));
+                else if (i + 1 < n)
+                    state.update<false>(tile + Y_AT, tile + Z_AT, decay, 0.f, warp, lane);
+                warp_arrives(sh.empty + 8 * w.stage, lane);
+                w.next<STAGES>();
+            }
+        }
+    } else {
+        registers_more<OUTPUT_REGISTERS>();
+        const int mine = role - 2;
+        Walk w;
+        int count = 0;
+        for (int s = from; s < to; ++s) {
+            const Segment seg = p.segments[s];
+            const int n = chunks_of(seg);
+            for (int i = 0; i < n; ++i, ++count) {
+                const int slot = count & 1, stage = w.stage;
+                const u32 phase = w.phase;
+                w.next<STAGES>();
+                if (!DUAL && slot != mine) continue;
+                const int token = seg.start + chunk_at(i, n) * CHUNK;
+                const u32 tile = sh.tiles + stage * STAGE, snapshot = sh.snapshots + slot * SNAPSHOT;
+                barrier_wait(sh.full + 8 * stage, phase);
+                const ChunkDecay decay{sums + stage * CHUNK, min(CHUNK, seg.end - token)};
+                const u32 done = sh.done_bar(stage, mine), ready = sh.ready + 8 * slot, taken = sh.taken + 8 * slot, parity = count / 2 & 1;
+                if (!DUAL || mine == 0)
+                    outputs<K_BLOCKS, V_BLOCKS, false>(p, done, ready, parity, taken, tile, tile + Y_AT, tile + Z_AT,
+                                                       snapshot, tile + X2_AT, sh.tiles + EXCHANGE_AT, pair_sums, decay, p.out, p.out_columns,
+                                                       p.accumulate & 1, token, seg, warp, lane, 2 + mine);
+                else
+                    outputs<V_BLOCKS, K_BLOCKS, true>(p, done, ready, parity, taken, tile + X2_AT, tile + Z_AT,
+                                                      tile + Y_AT, snapshot, tile, sh.tiles + EXCHANGE_AT, pair_sums, decay, p.out2,
+                                                      p.out2_columns, p.accumulate & 2, token, seg, warp, lane, 2 + mine);
+            }
+        }
+    }
+}
+
+// ---- decay_gradient --------------------------------------------------------------------------------------------
+
+struct DecayGradientParams {
+    const Segment* segments;
+    const float* query_dots;  // [B, H, T], see RunParams
+    const float* key_dots;
+    const float* pairs;
+    const float* entries;     // [slots, K, V]: the states at the segments' starts
+    const float* finals;      // [rows, K, V]
+    const float* exits;       // [slots, K, V]: the gradients of the states at the segments' ends
+    float* out;               // [B, T, H]
+    Decays decay;
+    int elements, tokens, heads;
+    int entered;     // the flags of the segments whose end has a gradient
+    int accumulate;
+};
+
+constexpr int CHUNKS_AT_ONCE = 256;
+// A chunk that decays by more lets through it less than the error of bf16, and less than what remains of a difference of
+// large numbers: then nothing is taken to go through it.
+constexpr float OPAQUE = -13.f;
+
+DEVICE float sum_of_warp(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+// d log a_t: what crosses token t. Inside its chunk, from pairs; from before the chunk into it, from query dots of tokens
+// t..; from tokens ..t - 1 out of the chunk, from key dots; and through the whole chunk. With E the sum over the elements of
+// the state at a place times that state's gradient, the last is E at the chunk's end less the chunk's key dots, and E at its
+// start is that plus its query dots.
+extern "C" __global__ void __launch_bounds__(256) decay_gradient(const __grid_constant__ DecayGradientParams p) {
+    __shared__ float partial[8];
+    __shared__ float keys[CHUNKS_AT_ONCE], queries[CHUNKS_AT_ONCE], through[CHUNKS_AT_ONCE];
+    __shared__ float carry;
+    const Segment seg = p.segments[blockIdx.x];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float x = 0.f;
+    if (seg.flags & p.entered) {
+        const long long size = p.elements;
+        const float* state = seg.after >= 0 ? p.entries + seg.after * size : p.finals + (-1 - seg.after) * size;
+        const float* grad = p.exits + seg.slot * size;
+        for (int i = 4 * threadIdx.x; i < p.elements; i += 1024) {
+            const float4 a = *reinterpret_cast<const float4*>(state + i), b = *reinterpret_cast<const float4*>(grad + i);
+            x += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+        }
+    }
+    x = sum_of_warp(x);
+    if (lane == 0) partial[warp] = x;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        x = 0.f;
+        for (int i = 0; i < 8; ++i) x += partial[i];
+        carry = x;
+    }
+    const long long row = (long long)(seg.batch * p.heads + seg.head) * p.tokens;
+    const float* logs = p.decay.log + seg.batch * p.decay.batch + seg.head * p.decay.head;
+    for (int last = chunks_of(seg); last > 0; last -= CHUNKS_AT_ONCE) {
+        const int first = max(0, last - CHUNKS_AT_ONCE);
+        for (int c = first + warp; c < last; c += 8) {
+            float key = 0.f, query = 0.f, log = 0.f;
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int t = seg.start + CHUNK * c + 2 * lane + e;
+                if (t >= seg.end) continue;
+                key += p.key_dots[row + t];
+                query += p.query_dots[row + t];
+                log += logs[t * p.decay.token] * LOG2E;
+            }
+            key = sum_of_warp(key);
+            query = sum_of_warp(query);
+            log = sum_of_warp(log);
+            if (lane == 0) {
+                keys[c - first] = key;
+                queries[c - first] = query;
+                through[c - first] = log;
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            float e = carry;
+            for (int c = last - 1 - first; c >= 0; --c) {
+                const float rest = through[c] < OPAQUE ? 0.f : e - keys[c];
+                through[c] = rest;
+                e = rest + queries[c];
+            }
+            carry = e;
+        }
+        __syncthreads();
+        for (int c = first + warp; c < last; c += 8) {
+            float key[2], value[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int t = seg.start + CHUNK * c + 2 * lane + e;
+                key[e] = t < seg.end ? p.key_dots[row + t] : 0.f;
+                value[e] = t < seg.end ? p.query_dots[row + t] + p.pairs[row + t] : 0.f;
+            }
+            // Sums over tokens ..t and over tokens t...
+            float before = key[0] + key[1], after = value[0] + value[1];
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const float b = __shfl_up_sync(~0u, before, step), a = __shfl_down_sync(~0u, after, step);
+                if (lane >= step) before += b;
+                if (lane + step < 32) after += a;
+            }
+            const float rest = through[c - first];
+            const float sums[2] = {before - key[1] - key[0] + after + rest, before - key[1] + after - value[0] + rest};
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int t = seg.start + CHUNK * c + 2 * lane + e;
+                if (t >= seg.end) continue;
+                float* out = p.out + ((long long)seg.batch * p.tokens + t) * p.heads + seg.head;
+                *out = sums[e] + (p.accumulate ? *out : 0.f);
+            }
+        }
+        __syncthreads();
+    }
+}

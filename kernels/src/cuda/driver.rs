@@ -1,0 +1,261 @@
+//! The CUDA driver, opened at run time: devices, modules, launches. One function of this file is one call of the driver's
+//! API, with its errors in words. Contexts are the devices' primary ones, which libtorch uses too.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+use libloading::Library;
+
+use super::{library, message};
+use crate::{Error, Result};
+
+type Status = c_int;
+
+/// A device's primary context, a loaded program, one of its kernels: the driver's own pointers, which it accepts from any
+/// thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Context(*mut c_void);
+#[derive(Clone, Copy, Debug)]
+pub struct Module(*mut c_void);
+#[derive(Clone, Copy, Debug)]
+pub struct Function(*mut c_void);
+
+// SAFETY: opaque handles; the driver's API is thread-safe and nothing here reads through them.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+// SAFETY: as above.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+// SAFETY: as above.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+/// What a device is asked for; the numbers are CUdevice_attribute's.
+#[derive(Clone, Copy, Debug)]
+pub enum Attribute {
+    MaxSharedPerBlock = 97,
+    Multiprocessors = 16,
+    Major = 75,
+    Minor = 76,
+}
+
+const MAX_DYNAMIC_SHARED_SIZE_BYTES: c_int = 8;
+
+/// `cuLaunchKernel`'s geometry.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    pub grid: [u32; 3],
+    pub block: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared: u32,
+}
+
+/// `CUtensorMap`: a tensor as Hopper's copy engine (TMA) reads and writes tiles of it.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+pub struct TileMap(pub [u64; 16]);
+
+macro_rules! calls {
+    ($($name:ident = $symbol:literal ( $($type:ty),* );)*) => {
+        pub(super) struct Driver {
+            $($name: unsafe extern "C" fn($($type),*) -> Status,)*
+            _library: Library,
+        }
+
+        impl Driver {
+            fn open() -> Result<Self> {
+                let library = library::open_any(&["libcuda.so.1".into()], "the CUDA driver")?;
+                // SAFETY: the signatures are those of cuda.h.
+                unsafe {
+                    Ok(Self {
+                        $($name: *library.get($symbol).map_err(|e| Error::Cuda(e.to_string()))?,)*
+                        _library: library,
+                    })
+                }
+            }
+        }
+    };
+}
+
+calls! {
+    init = b"cuInit" (c_uint);
+    error_name = b"cuGetErrorName" (Status, *mut *const c_char);
+    error_string = b"cuGetErrorString" (Status, *mut *const c_char);
+    device_count = b"cuDeviceGetCount" (*mut c_int);
+    device_name = b"cuDeviceGetName" (*mut c_char, c_int, c_int);
+    device_get = b"cuDeviceGet" (*mut c_int, c_int);
+    device_attribute = b"cuDeviceGetAttribute" (*mut c_int, c_int, c_int);
+    primary_retain = b"cuDevicePrimaryCtxRetain" (*mut *mut c_void, c_int);
+    set_current = b"cuCtxSetCurrent" (*mut c_void);
+    get_current = b"cuCtxGetCurrent" (*mut *mut c_void);
+    module_load = b"cuModuleLoadData" (*mut *mut c_void, *const c_void);
+    module_function = b"cuModuleGetFunction" (*mut *mut c_void, *mut c_void, *const c_char);
+    function_set = b"cuFuncSetAttribute" (*mut c_void, c_int, c_int);
+    encode_tiled = b"cuTensorMapEncodeTiled" (
+        *mut c_void, c_int, c_uint, *mut c_void, *const u64, *const u64, *const c_uint, *const c_uint,
+        c_int, c_int, c_int, c_int
+    );
+    launch_kernel = b"cuLaunchKernel" (
+        *mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void, *mut *mut c_void
+    );
+}
+
+/// The driver of this process; an error where there is none.
+pub(super) fn driver() -> Result<&'static Driver> {
+    static DRIVER: OnceLock<std::result::Result<Driver, String>> = OnceLock::new();
+    let opened = DRIVER.get_or_init(|| {
+        let driver = Driver::open().map_err(message)?;
+        // SAFETY: cuInit takes no pointer.
+        driver.check("cuInit", unsafe { (driver.init)(0) }).map_err(message)?;
+        Ok(driver)
+    });
+    opened.as_ref().map_err(|message| Error::Cuda(message.clone()))
+}
+
+impl Driver {
+    fn check(&self, call: &str, status: Status) -> Result<()> {
+        if status == 0 {
+            return Ok(());
+        }
+        let text = |of: unsafe extern "C" fn(Status, *mut *const c_char) -> Status| {
+            let mut text = std::ptr::null();
+            // SAFETY: `text` takes a pointer to a string that the driver owns for ever, or stays null.
+            unsafe {
+                of(status, &mut text);
+                if text.is_null() { "?".to_owned() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
+            }
+        };
+        Err(Error::Cuda(format!("{call}: {} ({})", text(self.error_string), text(self.error_name))))
+    }
+
+    pub fn attribute(&self, device: usize, attribute: Attribute) -> Result<i32> {
+        let (mut handle, mut value) = (0, 0);
+        // SAFETY: both calls write one int.
+        self.check("cuDeviceGet", unsafe { (self.device_get)(&mut handle, device as c_int) })?;
+        // SAFETY: as above.
+        let status = unsafe { (self.device_attribute)(&mut value, attribute as c_int, handle) };
+        self.check("cuDeviceGetAttribute", status)?;
+        Ok(value)
+    }
+
+    pub fn devices(&self) -> Result<usize> {
+        let mut count = 0;
+        // SAFETY: writes one int.
+        self.check("cuDeviceGetCount", unsafe { (self.device_count)(&mut count) })?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
+    pub fn name(&self, device: usize) -> Result<String> {
+        let (mut handle, mut name) = (0, [0u8; 256]);
+        // SAFETY: writes one int.
+        self.check("cuDeviceGet", unsafe { (self.device_get)(&mut handle, device as c_int) })?;
+        // SAFETY: writes at most 256 bytes, the last of them 0.
+        let status = unsafe { (self.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, handle) };
+        self.check("cuDeviceGetName", status)?;
+        Ok(CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default())
+    }
+
+    /// Retained for the life of the process, as libtorch does.
+    pub fn context(&self, device: usize) -> Result<Context> {
+        let (mut handle, mut context) = (0, std::ptr::null_mut());
+        // SAFETY: writes one int, then one pointer.
+        self.check("cuDeviceGet", unsafe { (self.device_get)(&mut handle, device as c_int) })?;
+        // SAFETY: as above.
+        self.check("cuDevicePrimaryCtxRetain", unsafe { (self.primary_retain)(&mut context, handle) })?;
+        Ok(Context(context))
+    }
+
+    /// Runs `body` with `context` current on this thread, and puts back what was.
+    pub fn within<T>(&self, context: Context, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        let mut before = std::ptr::null_mut();
+        // SAFETY: writes one pointer.
+        self.check("cuCtxGetCurrent", unsafe { (self.get_current)(&mut before) })?;
+        if before == context.0 {
+            return body();
+        }
+        // SAFETY: a context from `context`, and then the one that was current.
+        self.check("cuCtxSetCurrent", unsafe { (self.set_current)(context.0) })?;
+        let result = body();
+        // SAFETY: as above.
+        self.check("cuCtxSetCurrent", unsafe { (self.set_current)(before) })?;
+        result
+    }
+
+    /// Loads a cubin into the current context, for the life of the process.
+    pub fn load(&self, cubin: &[u8]) -> Result<Module> {
+        let mut module = std::ptr::null_mut();
+        // SAFETY: a cubin carries its own length; the driver copies it.
+        self.check("cuModuleLoadData", unsafe { (self.module_load)(&mut module, cubin.as_ptr().cast()) })?;
+        Ok(Module(module))
+    }
+
+    pub fn function(&self, module: Module, name: &str) -> Result<Function> {
+        let name = CString::new(name).map_err(|e| Error::Cuda(e.to_string()))?;
+        let mut function = std::ptr::null_mut();
+        // SAFETY: the module is never unloaded; `name` outlives the call.
+        let status = unsafe { (self.module_function)(&mut function, module.0, name.as_ptr()) };
+        self.check(&format!("cuModuleGetFunction {}", name.to_string_lossy()), status)?;
+        Ok(Function(function))
+    }
+
+    /// Allows a kernel up to `bytes` of dynamic shared memory, which beyond 48 KiB it must be.
+    pub fn allow_shared(&self, function: Function, bytes: u32) -> Result<()> {
+        // SAFETY: a function of a module that is never unloaded.
+        let status = unsafe { (self.function_set)(function.0, MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as c_int) };
+        self.check("cuFuncSetAttribute", status)
+    }
+
+    /// Enqueues a kernel.
+    ///
+    /// # Safety
+    /// `arguments` point to values of the kernel's parameter types, and device pointers among them to what the kernel reads
+    /// and writes, alive until the stream has got there.
+    pub unsafe fn launch(
+        &self,
+        function: Function,
+        launch: Launch,
+        stream: *mut c_void,
+        arguments: &mut [*mut c_void],
+    ) -> Result<()> {
+        let Launch { grid: [x, y, z], block, shared } = launch;
+        // SAFETY: as the caller promises; the driver copies the arguments before it returns.
+        let status = unsafe {
+            let none = std::ptr::null_mut();
+            (self.launch_kernel)(function.0, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), none)
+        };
+        self.check("cuLaunchKernel", status)
+    }
+
+    /// Tiles of 64 tokens by 64 channels of a bf16 tensor `[B, T, H, D]` at `address`, with the 128-byte swizzle; zeros beyond
+    /// its ends. `sizes`: of D, T, H, B; `strides`: of T, H, B, in bytes, multiples of 16.
+    pub fn tile_map(&self, address: u64, sizes: [u64; 4], strides: [u64; 3]) -> Result<TileMap> {
+        const BFLOAT16: c_int = 9;
+        const NO_INTERLEAVE: c_int = 0;
+        const SWIZZLE_128_BYTES: c_int = 3;
+        const PROMOTE_TO_128_BYTES: c_int = 2;
+        const ZEROS_OUTSIDE: c_int = 0;
+        let mut map = TileMap([0; 16]);
+        // SAFETY: writes 128 bytes, aligned to 64; reads four sizes, three strides, and twice four numbers.
+        let status = unsafe {
+            (self.encode_tiled)(
+                map.0.as_mut_ptr().cast(),
+                BFLOAT16,
+                4,
+                address as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                [64, 64, 1, 1].as_ptr(),
+                [1; 4].as_ptr(),
+                NO_INTERLEAVE,
+                SWIZZLE_128_BYTES,
+                PROMOTE_TO_128_BYTES,
+                ZEROS_OUTSIDE,
+            )
+        };
+        self.check(&format!("cuTensorMapEncodeTiled of sizes {sizes:?}, strides {strides:?}"), status)?;
+        Ok(map)
+    }
+}

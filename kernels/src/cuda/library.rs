@@ -1,0 +1,42 @@
+//! Finding shared libraries: where PyTorch's wheels have them, and then where the loader looks.
+
+use std::path::{Path, PathBuf};
+
+use libloading::Library;
+
+use crate::{Error, Result};
+
+/// The folders `nvidia/*/lib` beside libtorch's own package, as PyTorch's wheels lie; sorted, the newest CUDA first.
+pub(super) fn beside_libtorch() -> Vec<PathBuf> {
+    let Some(libtorch) = crate::bridge::libtorch_path() else { return Vec::new() };
+    // .../site-packages/torch/lib/libtorch_cpu.so
+    let Some(packages) = libtorch.ancestors().nth(3) else { return Vec::new() };
+    let entries = std::fs::read_dir(packages.join("nvidia")).into_iter().flatten().flatten();
+    let mut folders: Vec<PathBuf> = entries.map(|e| e.path().join("lib")).filter(|p| p.is_dir()).collect();
+    folders.sort();
+    folders.reverse();
+    folders
+}
+
+/// The files in `folder` whose names begin with `prefix`, the last name first.
+pub(super) fn matching(folder: &Path, prefix: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let of_name = |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix));
+    let mut found: Vec<PathBuf> = entries.map(|e| e.path()).filter(of_name).collect();
+    found.sort();
+    found.reverse();
+    found
+}
+
+/// Opens the first of `names` that opens: a path, or a name that the loader looks for. The error has every reason.
+pub(super) fn open_any(names: &[PathBuf], what: &str) -> Result<Library> {
+    let mut reasons = Vec::new();
+    for name in names {
+        // SAFETY: these are NVIDIA's libraries, whose initialisers may run at any time.
+        match unsafe { Library::new(name) } {
+            Ok(library) => return Ok(library),
+            Err(error) => reasons.push(error.to_string()),
+        }
+    }
+    Err(Error::Cuda(format!("cannot open {what}: {}", reasons.join("; "))))
+}

@@ -1,0 +1,208 @@
+//! One segment's backward: sum up the gradient of the state, compute dq, which waits for nobody, and in the end dk and dv
+//! with whatever came in at the segment's end.
+
+use tch::{Kind, Tensor};
+
+use super::passes::{Call, Dots, Out, Run};
+use super::{Sums, call, parts, tiles, transition};
+use crate::Result;
+use crate::linear::{BackwardSegment, Grads, Inputs, Summary};
+
+pub(super) struct Backward {
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_o: Tensor,
+    scale: f64,
+    decay_grad: bool,
+    entry: Option<Tensor>,
+    exit: Option<Tensor>,
+    /// Of y^T z = k^T v and of q^T do, a part each.
+    states: Vec<Sums>,
+    grads: Vec<Sums>,
+    /// The gradient of the state at entry as far as this segment's outputs make it, `[B, H, K, V]`; and, of each part, that
+    /// of the states at the segments' ends `[slots, K, V]`.
+    summed: Option<(Tensor, Vec<Tensor>)>,
+    dq: Option<Queries>,
+}
+
+/// dq; and of each part the states at the segments' starts `[slots, K, V]` and, for the decay, q dq `[B, H, T]`.
+struct Queries {
+    dq: Tensor,
+    entries: Vec<Tensor>,
+    dots: Vec<Option<Tensor>>,
+}
+
+impl Backward {
+    pub fn new(x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor, scale: f64) -> Result<Self> {
+        let (dk, dv) = (x.k.size()[3], x.v.size()[3]);
+        let call = call(x)?;
+        let sums = |reverse| parts(dk, dv).into_iter().map(|p| Sums::new(&call, p, reverse)).collect::<Result<Vec<_>>>();
+        let (states, grads) = (sums(false)?, sums(true)?);
+        Ok(Self {
+            q: tiles(&x.q)?,
+            k: tiles(&x.k)?,
+            v: tiles(&x.v)?,
+            d_o: tiles(&d_o.f_to_kind(Kind::BFloat16)?)?,
+            scale,
+            decay_grad: x.decay_grad && call.log_decay.is_some(),
+            call,
+            entry: entry.map(Tensor::shallow_clone),
+            exit: None,
+            states,
+            grads,
+            summed: None,
+            dq: None,
+        })
+    }
+
+    fn summed(&mut self) -> Result<&(Tensor, Vec<Tensor>)> {
+        let summed = match self.summed.take() {
+            Some(summed) => summed,
+            None => {
+                let (dk, dv) = (self.k.size()[3], self.v.size()[3]);
+                let at_entry = self.call.empty(&[self.call.b, self.call.h, dk, dv])?;
+                let mut exits = Vec::new();
+                for sums in &mut self.grads {
+                    let part = sums.part;
+                    sums.ensure(&self.call, &part.keys(&self.q)?, &part.values(&self.d_o)?, self.scale, true)?;
+                    exits.push(sums.entries(&self.call, None, Some(&at_entry))?);
+                }
+                (at_entry, exits)
+            }
+        };
+        Ok(self.summed.insert(summed))
+    }
+
+    fn queries(&mut self) -> Result<Queries> {
+        if let Some(done) = self.dq.take() {
+            return Ok(done);
+        }
+        let Call { b, t, h, device, .. } = self.call;
+        let dq = Tensor::f_empty(self.q.size(), (Kind::BFloat16, device))?;
+        let (mut all_entries, mut all_dots) = (Vec::new(), Vec::new());
+        for sums in &mut self.states {
+            let part = sums.part;
+            let (q, k) = (part.keys(&self.q)?, part.keys(&self.k)?);
+            let (v, d_o) = (part.values(&self.v)?, part.values(&self.d_o)?);
+            sums.ensure(&self.call, &k, &v, 1.0, false)?;
+            let entries = sums.entries(&self.call, self.entry.as_ref(), None)?;
+            let dots = if self.decay_grad { Some(self.call.empty(&[b, h, t])?) } else { None };
+            self.call.run(
+                false,
+                false,
+                &Run {
+                    x: &d_o,
+                    y: &v,
+                    z: &k,
+                    out: Out { to: &part.keys(&dq)?, add: part.v.0 > 0 },
+                    x2: dots.is_some().then_some(&q),
+                    out2: None,
+                    entries: &entries,
+                    transposed: true,
+                    ends: self.entry.is_some(),
+                    scale: self.scale,
+                    entry_scale: 1.0,
+                    dots: dots.as_ref(),
+                    pairs: None,
+                },
+            )?;
+            all_entries.push(entries);
+            all_dots.push(dots);
+        }
+        Ok(Queries { dq, entries: all_entries, dots: all_dots })
+    }
+
+    /// The gradients of the states at the segments' ends, `exit` included.
+    fn exits(&mut self) -> Result<Vec<Tensor>> {
+        if self.exit.is_none() {
+            if let Some((_, exits)) = self.summed.take() {
+                return Ok(exits);
+            }
+        }
+        let mut exits = Vec::new();
+        for sums in &mut self.grads {
+            let part = sums.part;
+            sums.ensure(&self.call, &part.keys(&self.q)?, &part.values(&self.d_o)?, self.scale, false)?;
+            exits.push(sums.entries(&self.call, self.exit.as_ref(), None)?);
+        }
+        Ok(exits)
+    }
+
+    /// The state at the end, for a part whose decay wants the gradient that came in there.
+    fn end_state(&mut self, part: usize) -> Result<Option<Tensor>> {
+        if self.exit.is_none() {
+            return Ok(None);
+        }
+        let sums = &mut self.states[part];
+        let range = sums.part;
+        sums.ensure(&self.call, &range.keys(&self.k)?, &range.values(&self.v)?, 1.0, true)?;
+        let end = self.call.empty(&[self.call.b, self.call.h, range.k.1, range.v.1])?;
+        let entry = self.entry.as_ref().map(|entry| range.state(entry)).transpose()?;
+        let entries = self.call.empty(&sums.sums.size())?;
+        self.call.combine(false, Some(&sums.sums), &sums.decays, entry.as_ref(), &entries, Some(&end))?;
+        Ok(Some(end))
+    }
+}
+
+impl BackwardSegment for Backward {
+    fn summarize_grad(&mut self) -> Result<Summary> {
+        let state = self.summed()?.0.shallow_clone();
+        Ok(Summary { transition: transition(&self.call)?, state })
+    }
+
+    /// dq. What dk and dv cost is spent once, in [`BackwardSegment::finish`], when all that enters them is known.
+    fn run_grad(&mut self) -> Result<()> {
+        self.dq = Some(self.queries()?);
+        Ok(())
+    }
+
+    fn add_exit(&mut self, exit: &Tensor) -> Result<()> {
+        self.exit = Some(match self.exit.take() {
+            Some(before) => before.f_add(exit)?,
+            None => exit.shallow_clone(),
+        });
+        Ok(())
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<Grads> {
+        let queries = self.queries()?;
+        let exits = self.exits()?;
+        let Call { b, t, h, device, .. } = self.call;
+        let dk = Tensor::f_empty(self.k.size(), (Kind::BFloat16, device))?;
+        let dv = Tensor::f_empty(self.v.size(), (Kind::BFloat16, device))?;
+        let dlog_decay = if self.decay_grad { Some(self.call.empty(&[b, t, h])?) } else { None };
+        for i in 0..self.grads.len() {
+            let part = self.grads[i].part;
+            let of_tokens = || if self.decay_grad { self.call.empty(&[b, h, t]).map(Some) } else { Ok(None) };
+            let (keys, pairs) = (of_tokens()?, of_tokens()?);
+            self.call.run(
+                true,
+                false,
+                &Run {
+                    x: &part.keys(&self.k)?,
+                    y: &part.keys(&self.q)?,
+                    z: &part.values(&self.d_o)?,
+                    out: Out { to: &part.values(&dv)?, add: part.k.0 > 0 },
+                    x2: Some(&part.values(&self.v)?),
+                    out2: Some(Out { to: &part.keys(&dk)?, add: part.v.0 > 0 }),
+                    entries: &exits[i],
+                    transposed: false,
+                    ends: self.exit.is_some(),
+                    scale: self.scale,
+                    entry_scale: 1.0 / self.scale,
+                    dots: keys.as_ref(),
+                    pairs: pairs.as_ref(),
+                },
+            )?;
+            if let (Some(out), Some(of_queries), Some(keys), Some(pairs)) = (&dlog_decay, &queries.dots[i], &keys, &pairs) {
+                let end = self.end_state(i)?;
+                let states = (&queries.entries[i], end.as_ref());
+                let dots = Dots { queries: of_queries, keys, pairs };
+                self.call.decay_gradient(&dots, states, &exits[i], out, i > 0)?;
+            }
+        }
+        Ok(Grads { dq: queries.dq, dk, dv, dlog_decay })
+    }
+}

@@ -1,0 +1,242 @@
+//! Our own CUDA kernels: compiled by NVRTC when they are first needed, kept on disk, launched on libtorch's current stream.
+//!
+//! Nothing links to CUDA. [`driver`] and [`nvrtc`] are the two libraries, opened at run time; [`cache`] keeps what was compiled;
+//! this file puts them together: a [`Program`] is a file of `kernels/cuda`, [`kernel`] finds one of its functions for a device,
+//! and [`Kernel::launch`] enqueues it. What a kernel computes is written beside its caller, in [`ops`] and the files of mixers.
+
+pub mod cache;
+mod driver;
+mod library;
+pub mod linear;
+mod nvrtc;
+pub mod ops;
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use tch::{Device, Tensor};
+
+pub use cache::keep_in;
+use driver::{Attribute, Context, Function, Module, driver};
+pub use driver::Launch;
+
+use crate::{Error, Result};
+
+/// A source file of `kernels/cuda`.
+#[derive(Clone, Copy, Debug)]
+pub struct Program {
+    pub name: &'static str,
+    pub source: &'static str,
+    /// `(name, text)` of what it may include.
+    pub headers: &'static [(&'static str, &'static str)],
+}
+
+/// The fused operations of a block, the loss and the optimizer.
+pub const BLOCK: Program = Program { name: "block", source: include_str!("../../cuda/block.cu"), headers: &[] };
+
+/// What a kernel is given.
+#[derive(Clone, Copy)]
+pub enum Arg<'a> {
+    /// The address of a tensor's first number.
+    Tensor(&'a Tensor),
+    /// No tensor: a null pointer.
+    Null,
+    I32(i32),
+    I64(i64),
+    F32(f32),
+    F64(f64),
+    /// A struct passed by value; aligned to 8 bytes.
+    Bytes(&'a [u64]),
+}
+
+/// What is known of a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Gpu {
+    pub index: usize,
+    /// The architecture that kernels are compiled for, such as `sm_90a`.
+    pub major: i32,
+    pub minor: i32,
+    pub multiprocessors: i32,
+    /// Most shared memory of a block, in bytes.
+    pub shared: i32,
+    context: Context,
+}
+
+impl Gpu {
+    pub fn arch(&self) -> String {
+        arch(self.major, self.minor)
+    }
+}
+
+/// The architecture with all instructions of a device: Hopper's own are only in `sm_90a`.
+fn arch(major: i32, minor: i32) -> String {
+    format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
+}
+
+/// How many GPUs the driver has; 0 without a driver. Cheap: opens nothing of libtorch.
+pub fn devices() -> usize {
+    driver().and_then(|driver| driver.devices()).unwrap_or(0)
+}
+
+/// What the driver calls a device, such as `NVIDIA H200`.
+pub fn name(device: Device) -> Result<String> {
+    driver()?.name(gpu(device)?.index)
+}
+
+/// The device of a tensor; an error on the CPU and where there is no driver.
+pub fn gpu(device: Device) -> Result<Gpu> {
+    static GPUS: OnceLock<Mutex<HashMap<usize, Gpu>>> = OnceLock::new();
+    let Device::Cuda(index) = device else {
+        return Err(Error::Unsupported(format!("a CUDA kernel for a tensor on {device:?}")));
+    };
+    let mut gpus = lock(GPUS.get_or_init(Mutex::default));
+    if let Some(gpu) = gpus.get(&index) {
+        return Ok(*gpu);
+    }
+    let driver = driver()?;
+    let of = |attribute| driver.attribute(index, attribute);
+    let gpu = Gpu {
+        index,
+        major: of(Attribute::Major)?,
+        minor: of(Attribute::Minor)?,
+        multiprocessors: of(Attribute::Multiprocessors)?,
+        shared: of(Attribute::MaxSharedPerBlock)?,
+        context: driver.context(index)?,
+    };
+    if gpu.major < 8 {
+        return Err(Error::Cuda(format!(
+            "device {index} has compute capability {}.{}: bf16 kernels need 8.0 or later; train.device = \"cpu\" does without",
+            gpu.major, gpu.minor
+        )));
+    }
+    gpus.insert(index, gpu);
+    Ok(gpu)
+}
+
+/// Compiles a program for an architecture such as `sm_90a`, with `defines` such as `WIDTH=2048`. Needs no GPU.
+pub fn compile(program: &Program, arch: &str, defines: &[String]) -> Result<Vec<u8>> {
+    let nvrtc = nvrtc::nvrtc()?;
+    let mut options = vec![format!("--gpu-architecture={arch}"), "--std=c++17".to_owned()];
+    options.extend(defines.iter().map(|define| format!("-D{define}")));
+    nvrtc.compile(&format!("{}.cu", program.name), program.source, program.headers, &options)
+}
+
+/// Whether kernels can be compiled here.
+pub fn has_compiler() -> bool {
+    nvrtc::nvrtc().is_ok()
+}
+
+/// [`compile`], or what an earlier run has left of it.
+fn cubin(program: &Program, arch: &str, defines: &[String]) -> Result<Vec<u8>> {
+    let Some(folder) = cache::folder() else { return compile(program, arch, defines) };
+    let (major, minor) = nvrtc::nvrtc()?.version()?;
+    let version = format!("nvrtc {major}.{minor}");
+    let defines_text = defines.join(" ");
+    let mut parts = vec![version.as_str(), defines_text.as_str(), program.source];
+    parts.extend(program.headers.iter().flat_map(|(name, text)| [*name, *text]));
+    let name = cache::name(program.name, arch, &parts);
+    if let Some(cubin) = cache::read(folder, &name) {
+        return Ok(cubin);
+    }
+    let cubin = compile(program, arch, defines)?;
+    // A cache that cannot be written to is slower, not wrong.
+    let _ = cache::write(folder, &name, &cubin);
+    Ok(cubin)
+}
+
+/// One function of a program on one device.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    gpu: Gpu,
+    function: Function,
+}
+
+type Key = (usize, &'static str, String);
+
+/// The function `name` of `program`, compiled with `defines` for the device; loaded once.
+pub fn kernel(device: Device, program: &Program, defines: &[String], name: &str) -> Result<Kernel> {
+    static MODULES: OnceLock<Mutex<HashMap<Key, Module>>> = OnceLock::new();
+    static KERNELS: OnceLock<Mutex<HashMap<(Key, String), Kernel>>> = OnceLock::new();
+    let gpu = gpu(device)?;
+    let key: Key = (gpu.index, program.name, defines.join(" "));
+    let mut kernels = lock(KERNELS.get_or_init(Mutex::default));
+    if let Some(kernel) = kernels.get(&(key.clone(), name.to_owned())) {
+        return Ok(*kernel);
+    }
+    let driver = driver()?;
+    let mut modules = lock(MODULES.get_or_init(Mutex::default));
+    let module = match modules.get(&key) {
+        Some(module) => *module,
+        None => {
+            let cubin = cubin(program, &gpu.arch(), defines)?;
+            let module = driver.within(gpu.context, || driver.load(&cubin))?;
+            modules.insert(key.clone(), module);
+            module
+        }
+    };
+    let function = driver.within(gpu.context, || driver.function(module, name))?;
+    let kernel = Kernel { gpu, function };
+    kernels.insert((key, name.to_owned()), kernel);
+    Ok(kernel)
+}
+
+impl Kernel {
+    pub fn gpu(&self) -> Gpu {
+        self.gpu
+    }
+
+    /// Allows this kernel up to `bytes` of dynamic shared memory a block: needed once, above 48 KiB.
+    pub fn allow_shared(&self, bytes: u32) -> Result<()> {
+        let driver = driver()?;
+        driver.within(self.gpu.context, || driver.allow_shared(self.function, bytes))
+    }
+
+    /// Enqueues the kernel on libtorch's current stream of its device.
+    ///
+    /// The tensors may be dropped when this returns: libtorch hands their memory out again in the stream's order.
+    ///
+    /// # Safety
+    /// `args` are the kernel's parameters in order and type; tensors are on its device, as large and as contiguous as the
+    /// kernel takes them to be.
+    pub unsafe fn launch(&self, launch: Launch, args: &[Arg]) -> Result<()> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        let mut values: Vec<u64> = Vec::with_capacity(args.len());
+        for arg in args {
+            values.push(match *arg {
+                Arg::Tensor(x) => x.data_ptr() as u64,
+                Arg::Null | Arg::Bytes(_) => 0,
+                Arg::I32(x) => u64::from(x as u32),
+                Arg::I64(x) => x as u64,
+                Arg::F32(x) => u64::from(x.to_bits()),
+                Arg::F64(x) => x.to_bits(),
+            });
+        }
+        let mut pointers: Vec<*mut c_void> = Vec::with_capacity(args.len());
+        for (arg, value) in args.iter().zip(&mut values) {
+            pointers.push(match arg {
+                Arg::Bytes(bytes) => bytes.as_ptr().cast_mut().cast(),
+                _ => std::ptr::from_mut(value).cast(),
+            });
+        }
+        let driver = driver()?;
+        let stream = crate::bridge::current_stream(self.gpu.index)?;
+        // SAFETY: as the caller promises; `values` outlives the call.
+        driver.within(self.gpu.context, || unsafe { driver.launch(self.function, launch, stream, &mut pointers) })
+    }
+}
+
+/// What an error says, without the word that every error of this module begins with.
+fn message(error: Error) -> String {
+    match error {
+        Error::Cuda(message) => message,
+        other => other.to_string(),
+    }
+}
+
+/// A lock whose holder panicked still guards a table that is whole: every update is one insertion.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,238 @@
+//! Half a block as one node of the autograd graph, `y = x + f(norm(x))`, on GPUs: with the operations of `kernels::block`
+//! between the matrix products, and no more kept for backward than it needs. Norms, gates and feature maps are computed
+//! again from what stands before them; of a linear layer remain x, the projections before their activation and o, of an MLP
+//! x, gate and up. Backward works in the memory of what it has read for the last time.
+
+use kernels::block;
+use kernels::linear::Inputs;
+use tch::Tensor;
+
+use super::block::Mlp;
+use super::linear_layer::LinearLayer;
+use super::softmax_layer::SoftmaxLayer;
+use super::{Context, Result};
+use crate::sequence::{attention, linear};
+
+type Grads = kernels::Result<Vec<Option<Tensor>>>;
+
+/// x `[B, T, D]` as the rows of a matrix.
+fn rows(x: &Tensor) -> kernels::Result<Tensor> {
+    let width = x.size()[x.dim() - 1];
+    Ok(x.f_reshape([-1, width])?)
+}
+
+fn clones(x: &[&Tensor]) -> Vec<Tensor> {
+    x.iter().map(|x| x.shallow_clone()).collect()
+}
+
+/// `x w^T`.
+fn project(rows: &Tensor, w: &Tensor) -> kernels::Result<Tensor> {
+    Ok(rows.f_mm(&w.f_transpose(0, 1)?)?)
+}
+
+/// The gradient of w, of `y = x w^T`: added to w's own where it has one, which saves a pass over it, else returned.
+fn weight_grad(w: &Tensor, dy: &Tensor, x: &Tensor) -> kernels::Result<Option<Tensor>> {
+    let mut sum = w.f_grad()?;
+    if sum.defined() {
+        block::add_product(&mut sum, &dy.f_transpose(0, 1)?, x)?;
+        return Ok(None);
+    }
+    Ok(Some(dy.f_transpose(0, 1)?.f_mm(x)?))
+}
+
+/// `x + y w^T`, of x `[B, T, D]` and y `[rows, ..]`.
+fn add_projection(x: &Tensor, y: &Tensor, w: &Tensor) -> kernels::Result<Tensor> {
+    Ok(rows(x)?.f_addmm(y, &w.f_transpose(0, 1)?)?.f_view(x.size().as_slice())?)
+}
+
+/// The gradient of x, of the sum of `x w^T` over several `(dy, w)`.
+fn input_grad(of: &[(&Tensor, &Tensor)]) -> kernels::Result<Tensor> {
+    let mut sum = of[0].0.f_mm(of[0].1)?;
+    for (dy, w) in &of[1..] {
+        block::add_product(&mut sum, dy, w)?;
+    }
+    Ok(sum)
+}
+
+/// What the norm before f keeps, and its backward, which ends every half.
+struct Normed {
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    eps: f64,
+}
+
+impl Normed {
+    /// And the normed rows.
+    fn new(x: &Tensor, weight: &Tensor, eps: f64) -> kernels::Result<(Self, Tensor)> {
+        let (y, rstd) = block::rms_norm(x, weight, eps)?;
+        Ok((Self { x: x.f_detach()?, weight: weight.f_detach()?, rstd, eps }, rows(&y)?))
+    }
+
+    fn again(&self) -> kernels::Result<Tensor> {
+        rows(&block::rms_norm(&self.x, &self.weight, self.eps)?.0)
+    }
+
+    /// dx and the gradient of the norm's weight, from that of the normed rows and dy.
+    fn backward(&self, d_rows: Tensor, dy: &Tensor) -> kernels::Result<[Option<Tensor>; 2]> {
+        let d_rows = d_rows.f_view(self.x.size().as_slice())?;
+        let (dx, dw) = block::rms_norm_backward(&self.x, &self.weight, &self.rstd, d_rows, Some(dy))?;
+        Ok([Some(dx), Some(dw.f_to_kind(self.weight.kind())?)])
+    }
+}
+
+/// `x + down(silu(gate(n)) * up(n))`, n the norm of x.
+pub(super) fn mlp(layer: &Mlp, x: &Tensor) -> Result<Tensor> {
+    let inputs = [x, &layer.norm, &layer.w_gate, &layer.w_up, &layer.w_down];
+    let (y, normed, gate, up) = {
+        let _guard = tch::no_grad_guard();
+        let (normed, n) = Normed::new(x, &layer.norm, layer.eps)?;
+        let (gate, up) = (project(&n, &layer.w_gate)?, project(&n, &layer.w_up)?);
+        drop(n);
+        let y = add_projection(x, &block::swiglu(&gate, &up)?, &layer.w_down)?;
+        (y, normed, gate, up)
+    };
+    let [w_gate, w_up, w_down] = [&layer.w_gate, &layer.w_up, &layer.w_down].map(Tensor::shallow_clone);
+    kernels::bridge::attach(&inputs, &[&y], move |mut grads: Vec<Option<Tensor>>| -> Grads {
+        let Some(dy) = grads.swap_remove(0) else { return Ok((0..5).map(|_| None).collect()) };
+        drop(grads);
+        let dy_rows = rows(&dy)?;
+        let grads = block::swiglu_backward(gate, up, dy_rows.f_mm(&w_down)?)?;
+        let d_down = weight_grad(&w_down, &dy_rows, &grads.hidden)?;
+        let block::SwigluGrads { d_gate, d_up, .. } = grads;
+        let n = normed.again()?;
+        let (dw_gate, dw_up) = (weight_grad(&w_gate, &d_gate, &n)?, weight_grad(&w_up, &d_up, &n)?);
+        drop(n);
+        let d_rows = input_grad(&[(&d_gate, &w_gate), (&d_up, &w_up)])?;
+        drop((d_gate, d_up));
+        let [dx, d_norm] = normed.backward(d_rows, &dy)?;
+        Ok(vec![dx, d_norm, dw_gate, dw_up, d_down])
+    })?;
+    Ok(y)
+}
+
+/// `x + out(gated_norm(mix(silu(q), silu(k), v)))` of the projections of n, the norm of x. The sp group must have a scan.
+pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &Tensor) -> Result<Tensor> {
+    let (b, t, d) = x.size3()?;
+    let (heads, eps) = (layer.heads, layer.eps);
+    let by_heads = move |x: &Tensor| x.f_view([b, t, heads, d / heads]);
+    let mut inputs = vec![x, norm, &layer.wq, &layer.wk, &layer.wv, &layer.wo, &layer.o_norm];
+    inputs.extend(&layer.wg);
+    let shard = context.shard.clone();
+    let (y, normed, q, k, v, gate, o, mut saved) = {
+        let _guard = tch::no_grad_guard();
+        let (normed, n) = Normed::new(x, norm, eps)?;
+        let (q, k, v) = (project(&n, &layer.wq)?, project(&n, &layer.wk)?, project(&n, &layer.wv)?);
+        let gate = layer.wg.as_ref().map(|w| project(&n, w)).transpose()?;
+        let log_decay = layer.log_decay(&n.f_view([b, t, d])?)?;
+        drop(n);
+        let (q_on, k_on) = (by_heads(&block::silu(&q)?)?, by_heads(&block::silu(&k)?)?);
+        let mut given = Inputs::new(&q_on, &k_on, &by_heads(&v)?, log_decay.as_ref())?;
+        given.decay_grad = layer.learns_decay();
+        drop((q_on, k_on));
+        let linear::Forward { o, saved, .. } = linear::forward(&shard, layer.mixer.as_ref(), given, None)?;
+        let mixed = block::gated_norm(&o, &layer.o_norm, gate.as_ref(), eps)?;
+        let y = add_projection(x, &mixed.f_view([b * t, d])?, &layer.wo)?;
+        (y, normed, q, k, v, gate, o, saved)
+    };
+    // Computed again from q and k.
+    (saved.inputs().q, saved.inputs().k) = (Tensor::new(), Tensor::new());
+    let layer = layer.shallow_clone();
+    let weights = clones(&[&layer.wq, &layer.wk, &layer.wv, &layer.wo]);
+    let count = inputs.len();
+    kernels::bridge::attach(&inputs, &[&y], move |mut grads: Vec<Option<Tensor>>| -> Grads {
+        let Some(dy) = grads.swap_remove(0) else { return Ok((0..count).map(|_| None).collect()) };
+        drop(grads);
+        let [wq, wk, wv, wo] = &weights[..] else { return Ok(vec![]) };
+        let dy_rows = rows(&dy)?;
+        let d_mixed = by_heads(&dy_rows.f_mm(wo)?)?;
+        let head = block::gated_norm_backward(o, &layer.o_norm, gate, d_mixed, eps)?;
+        let d_wo = weight_grad(wo, &dy_rows, &head.y.f_view([b * t, d])?)?;
+        let block::GatedNormGrads { d_o, d_weight: d_o_norm, d_gate, .. } = head;
+
+        (saved.inputs().q, saved.inputs().k) = (by_heads(&block::silu(&q)?)?, by_heads(&block::silu(&k)?)?);
+        let back = linear::backward(&shard, layer.mixer.as_ref(), saved, &d_o).map_err(|e| e.into_kernels())?.grads;
+        drop((d_o, v));
+        let (dq, dk) = (block::silu_backward(&q, rows_of(back.dq, d)?)?, block::silu_backward(&k, rows_of(back.dk, d)?)?);
+        drop((q, k));
+        let dv = rows_of(back.dv, d)?;
+
+        let n = normed.again()?;
+        let mut of = vec![(&dq, wq), (&dk, wk), (&dv, wv)];
+        let mut d_weights = vec![weight_grad(wq, &dq, &n)?, weight_grad(wk, &dk, &n)?, weight_grad(wv, &dv, &n)?, d_wo];
+        d_weights.push(Some(d_o_norm.f_to_kind(layer.o_norm.kind())?));
+        if let (Some(d_gate), Some(wg)) = (&d_gate, &layer.wg) {
+            d_weights.push(weight_grad(wg, d_gate, &n)?);
+            of.push((d_gate, wg));
+        }
+        let mut d_rows = input_grad(&of)?;
+        if let Some(d_decay) = back.dlog_decay.filter(|_| layer.learns_decay()) {
+            let _ = d_rows.f_add_(&decay_backward(&layer, &n.f_view([b, t, d])?, &d_decay)?.f_view([b * t, d])?)?;
+        }
+        let [dx, d_norm] = normed.backward(d_rows, &dy)?;
+        Ok([dx, d_norm].into_iter().chain(d_weights).collect())
+    })?;
+    Ok(y)
+}
+
+/// `[B, T, H, ..]` as `[B T, D]`.
+fn rows_of(x: Tensor, d: i64) -> kernels::Result<Tensor> {
+    Ok(x.f_reshape([-1, d])?)
+}
+
+/// The gradient of the norm's output through a learned decay, which is small work: libtorch's own derivatives of it. Those of
+/// the decay's parameters are added to their leaves.
+fn decay_backward(layer: &LinearLayer, n: &Tensor, d_decay: &Tensor) -> kernels::Result<Tensor> {
+    let n = n.f_detach()?.f_set_requires_grad(true)?;
+    let log_decay = tch::with_grad(|| layer.log_decay(&n)).map_err(|e| kernels::Error::Unsupported(e.to_string()))?;
+    if let Some(log_decay) = log_decay {
+        kernels::bridge::backward(&log_decay, &d_decay.f_to_kind(log_decay.kind())?)?;
+    }
+    Ok(n.f_grad()?)
+}
+
+/// `x + out(attention(q, k, v))` of the projections of n, the norm of x; q and k turned by their angles.
+pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &Context, x: &Tensor) -> Result<Tensor> {
+    let (b, t, d) = x.size3()?;
+    let inputs = [x, norm, &layer.wq, &layer.wk, &layer.wv, &layer.wo];
+    let (shard, head_dim) = (context.shard.clone(), layer.head_dim);
+    let (cos, sin) = (context.cos.shallow_clone(), context.sin.shallow_clone());
+    let by_heads = move |x: &Tensor| -> kernels::Result<Tensor> {
+        let heads = x.size()[1] / head_dim;
+        Ok(x.f_view([b, t, heads, head_dim])?)
+    };
+    let (y, normed, o, saved) = {
+        let _guard = tch::no_grad_guard();
+        let (normed, n) = Normed::new(x, norm, eps)?;
+        let turned = |w| block::rotary(&by_heads(&project(&n, w)?)?, &cos, &sin, false);
+        let (q, k, v) = (turned(&layer.wq)?, turned(&layer.wk)?, by_heads(&project(&n, &layer.wv)?)?);
+        drop(n);
+        let given = attention::Inputs::new(&q, &k, &v, layer.scale(), true)?;
+        let attention::Forward { o, saved } = shard.attention.forward(&shard, &given)?;
+        let y = add_projection(x, &o.f_reshape([b * t, d])?, &layer.wo)?;
+        (y, normed, o, saved)
+    };
+    let weights = clones(&inputs[2..]);
+    kernels::bridge::attach(&inputs, &[&y], move |mut grads: Vec<Option<Tensor>>| -> Grads {
+        let Some(dy) = grads.swap_remove(0) else { return Ok((0..6).map(|_| None).collect()) };
+        drop(grads);
+        let [wq, wk, wv, wo] = &weights[..] else { return Ok(vec![]) };
+        let dy_rows = rows(&dy)?;
+        let d_wo = weight_grad(wo, &dy_rows, &o.f_reshape([b * t, d])?)?;
+        let d_o = dy_rows.f_mm(wo)?.f_view(o.size().as_slice())?;
+        drop(o);
+        let back = shard.attention.backward(&shard, saved, &d_o).map_err(|e| e.into_kernels())?;
+        drop(d_o);
+        let flat = |x: Tensor, w: &Tensor| rows_of(x, w.size()[0]);
+        let dq = flat(block::rotary(&back.dq, &cos, &sin, true)?, wq)?;
+        let dk = flat(block::rotary(&back.dk, &cos, &sin, true)?, wk)?;
+        let dv = flat(back.dv, wv)?;
+        let n = normed.again()?;
+        let d_weights = [weight_grad(wq, &dq, &n)?, weight_grad(wk, &dk, &n)?, weight_grad(wv, &dv, &n)?, d_wo];
+        drop(n);
+        let d_rows = input_grad(&[(&dq, wq), (&dk, wk), (&dv, wv)])?;
+        let [dx, d_norm] = normed.backward(d_rows, &dy)?;
+        Ok([dx, d_norm].into_iter().chain(d_weights).collect())
+    })?;
+    Ok(y)
+}
