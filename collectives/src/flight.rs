@@ -1,7 +1,7 @@
-//! Messages that depend on each other, in flight while the rank computes: a second thread of the rank waits for one and
-//! sends the next. It starts with the first such flight and ends with the rank's groups.
+//! Messages that depend on each other, in flight while the rank computes. On the CPU a second thread of the rank waits for one
+//! and sends the next; it starts with the first flight and ends with the rank's groups. With NCCL a second stream does so.
 
-use crate::{Error, Group, Pending, Result, pending::lock, pending::promise};
+use crate::{Error, Group, Pending, Result, Tensor, pending::lock, pending::promise};
 use std::{
     cell::RefCell,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -23,13 +23,20 @@ pub(crate) struct Awaited {
 }
 
 thread_local! {
-    /// On a flight's thread: the last operation that it waited for.
+    /// Within a flight: the last operation that it waited for.
     static LAST: RefCell<Option<Option<Awaited>>> = const { RefCell::new(None) };
 }
 
-/// Whether this thread is a flight's, whose waits hold up no computation; then it notes what it waited for.
+/// Whether this thread is within a flight, whose waits hold up no computation; then it notes what it waited for.
 pub(crate) fn awaited_in_flight(awaited: &dyn Fn() -> Awaited) -> bool {
     LAST.with_borrow_mut(|last| last.as_mut().map(|last| *last = Some(awaited()))).is_some()
+}
+
+/// What `dependent` gives, and the last operation that it waited for.
+pub(crate) fn noting_waits<T>(dependent: impl FnOnce() -> T) -> (T, Option<Awaited>) {
+    LAST.set(Some(None));
+    let result = dependent();
+    (result, LAST.take().flatten())
 }
 
 impl Flight {
@@ -53,28 +60,30 @@ impl Flight {
 
 fn fly(jobs: &mpsc::Receiver<Work>) {
     let _no_grad = tch::no_grad_guard();
-    LAST.set(Some(None));
     for work in jobs {
         // Whoever waits learns of it from the promise that was dropped.
         let _ = catch_unwind(AssertUnwindSafe(work));
-        LAST.set(Some(None));
     }
 }
 
 impl Group {
     /// Runs `dependent` while the rank computes: messages of this rank's groups of which one depends on the result of
-    /// another, as in a scan over ranks, with the arithmetic between them. Flights run one after another. While one is in the
-    /// air the rank must issue no collective of its own, or ranks could disagree on their order.
+    /// another, as in a scan over ranks, with the arithmetic between them. `reads`: the tensors made before that it reads.
+    /// Flights run one after another. `dependent` issues all its messages itself, and while it is in the air the rank issues
+    /// none, or ranks could disagree on their order.
     ///
     /// That the rank was blocked in [`Pending::wait`] is recorded with the last operation for which `dependent` waited.
     pub fn in_flight<T: Send + 'static>(
         &self,
+        reads: Vec<Tensor>,
         dependent: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<Pending<T>> {
+        if let Some(lanes) = self.lanes().filter(|_| reads.iter().any(|x| x.device().is_cuda())) {
+            return lanes.in_flight(reads, dependent);
+        }
         let (promise, receipt) = promise("messages in flight", self.name().into());
         let work = move || {
-            let result = dependent();
-            let last = LAST.with_borrow_mut(|last| last.as_mut().and_then(Option::take));
+            let (result, last) = noting_waits(dependent);
             promise.fulfil(result.map(|value| (value, last)));
         };
         self.flight().start(self.rank(), Box::new(work))?;
@@ -101,7 +110,7 @@ mod tests {
         let (rank, size) = (group.rank(), group.size());
         let (before, after) = ((rank + size - 1) % size, (rank + 1) % size);
         let ring = group.clone();
-        let pending = group.in_flight(move || {
+        let pending = group.in_flight(vec![], move || {
             let mut sum = Tensor::zeros([1], (tch::Kind::Double, tch::Device::Cpu));
             if rank > 0 {
                 sum = ring.recv(&[1], tch::Kind::Double, before)?.wait()?;
@@ -128,12 +137,13 @@ mod tests {
 
     #[test]
     fn errors_and_panics_end_the_wait() {
-        let failed = local::run(1, |group| group.in_flight(|| -> crate::Result<()> { Err(Error::NoRanks) })?.wait());
+        let failed =
+            local::run(1, |group| group.in_flight(vec![], || -> crate::Result<()> { Err(Error::NoRanks) })?.wait());
         assert!(matches!(failed, Err(Error::NoRanks)));
         let panicked = local::run(1, |group| {
-            let first = group.in_flight(|| -> crate::Result<()> { panic!("on purpose") })?.wait();
+            let first = group.in_flight(vec![], || -> crate::Result<()> { panic!("on purpose") })?.wait();
             assert!(matches!(first, Err(Error::Stopped { op: "messages in flight", .. })));
-            group.in_flight(|| Ok(7))?.wait()
+            group.in_flight(vec![], || Ok(7))?.wait()
         });
         assert_eq!(panicked.unwrap(), [7]);
     }

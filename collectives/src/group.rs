@@ -80,6 +80,11 @@ impl Group {
         self.line.backend
     }
 
+    /// The GPU of this rank where the group has NCCL, else the CPU.
+    pub fn device(&self) -> Device {
+        self.lanes.as_ref().map_or(Device::Cpu, |lanes| lanes.device())
+    }
+
     /// What carries tensors on `device`: `nccl`, or [`Group::backend`].
     pub fn backend_on(&self, device: Device) -> &'static str {
         if device.is_cuda() && self.lanes.is_some() { "nccl" } else { self.backend() }
@@ -94,6 +99,10 @@ impl Group {
     /// This rank's flight recorder, shared by all its groups.
     pub fn recorder(&self) -> &Recorder {
         &self.line.recorder
+    }
+
+    pub(crate) fn lanes(&self) -> Option<&Arc<Lanes>> {
+        self.lanes.as_ref()
     }
 
     pub(crate) fn flight(&self) -> &Flight {
@@ -177,9 +186,9 @@ impl Group {
         Ok(self.tensor(self.call(Op::Send { to }, x)?, Some(x))?.map(|_| Ok(())))
     }
 
-    /// Receives, on the CPU, the next tensor that `from` sends here; its shape and kind must be as given.
+    /// [`Group::recv_on`] [`Group::device`].
     pub fn recv(&self, shape: &[i64], kind: Kind, from: usize) -> Result<Pending<Tensor>> {
-        self.recv_on(Device::Cpu, shape, kind, from)
+        self.recv_on(self.device(), shape, kind, from)
     }
 
     /// Receives, on `device`, the next tensor that `from` sends here; its shape and kind must be as given. With NCCL, messages

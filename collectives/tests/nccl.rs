@@ -155,7 +155,7 @@ fn on_rank(args: &[String]) -> Result<()> {
     let world = nccl::open(&tcp.world(), gpu, nccl::Library::open(None)?, options)?;
     let device = Device::Cuda(gpu);
     ensure!(common::DEVICE.set(device).is_ok(), "the device is set once");
-    assert_eq!((world.backend(), world.backend_on(device)), ("tcp", "nccl"));
+    assert_eq!((world.device(), world.backend(), world.backend_on(device)), (device, "tcp", "nccl"));
     match told {
         Some("suite") => suite(&world, |_| true),
         Some("beside") => suite(&world, |name| !DISAGREEING.contains(&name)),

@@ -1,5 +1,5 @@
-//! What is needed of the CUDA driver, opened at run time: streams and events of the context that libtorch uses. And the one
-//! thing needed of libtorch's CUDA part: which stream it computes on.
+//! What is needed of the CUDA driver, opened at run time: streams and events of the context that libtorch uses. And what is
+//! needed of libtorch's CUDA part: which stream it computes on.
 
 use super::library::{Loaded, table};
 use crate::{Error, Result, pending::lock};
@@ -62,6 +62,8 @@ table! {
     /// Functions of libtorch_cuda.so, which the program must have opened for all to see.
     struct Torch {
         current_stream: fn(i32, *mut Handle) -> i32 = "aoti_torch_get_current_cuda_stream",
+        set_current_stream: fn(Handle, i32) -> i32 = "torch_set_current_cuda_stream",
+        stream_from_pool: fn(bool, i32, *mut Handle) -> i32 = "torch_get_cuda_stream_from_pool",
     }
 }
 
@@ -171,6 +173,33 @@ impl Context {
         }
     }
 
+    /// One of libtorch's own streams beside that on which it computes; its short kernels go first.
+    pub(super) fn side_stream(self: &Arc<Context>) -> Result<Stream> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: the result is a local variable. The stream is libtorch's, which never destroys one.
+        let code = unsafe { (self.torch.stream_from_pool)(true, self.index as i32, &mut raw) };
+        self.torch_check("torch_get_cuda_stream_from_pool", code)?;
+        Ok(Stream { raw, context: self.clone() })
+    }
+
+    /// Lets libtorch enqueue on `stream`, one of its own, what the calling thread computes, until the guard is dropped.
+    pub(super) fn compute_on(self: &Arc<Context>, stream: &Stream) -> Result<Elsewhere> {
+        let before = self.current_stream()?;
+        self.set_current_stream(stream)?;
+        Ok(Elsewhere(before))
+    }
+
+    fn set_current_stream(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: a stream that libtorch gave.
+        let code = unsafe { (self.torch.set_current_stream)(stream.raw, self.index as i32) };
+        self.torch_check("torch_set_current_cuda_stream", code)
+    }
+
+    fn torch_check(&self, call: &'static str, code: i32) -> Result<()> {
+        let message = format!("libtorch refused on GPU {}", self.index);
+        if code == 0 { Ok(()) } else { Err(Error::Cuda { call, code, message }) }
+    }
+
     /// A stream beside libtorch's, whose short kernels go first. It is never destroyed.
     pub(super) fn stream(self: &Arc<Context>) -> Result<Stream> {
         let _entered = self.enter()?;
@@ -222,6 +251,16 @@ impl Drop for Entered {
         let mut raw = ptr::null_mut();
         // SAFETY: this guard pushed a context on this thread, and guards end in the order of blocks.
         unsafe { (self.0.pop)(&mut raw) };
+    }
+}
+
+/// The thread computes on another stream than this one.
+pub(super) struct Elsewhere(Stream);
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        // It was current before, and so is one that libtorch takes.
+        let _ = self.0.context.set_current_stream(&self.0);
     }
 }
 

@@ -130,6 +130,7 @@ pub(crate) struct Gpu {
     /// To the watchdog: there is something to watch. From it: something ended.
     changed: Condvar,
     failed: OnceLock<Failure>,
+    side: OnceLock<Stream>,
 }
 
 /// What the watchdog looks after.
@@ -177,6 +178,7 @@ impl Gpu {
             lanes: Mutex::default(),
             changed: Condvar::new(),
             failed: OnceLock::new(),
+            side: OnceLock::new(),
         });
         let watched = Arc::downgrade(&gpu);
         let named = thread::Builder::new().name(format!("rank {rank} gpu"));
@@ -209,7 +211,16 @@ impl Gpu {
         lock(&self.state).checks.push((about, check));
     }
 
-    /// A stream of this rank waited for an operation between the two.
+    /// The stream on which messages in flight are waited for, and on which what lies between them is computed.
+    pub(super) fn side(&self) -> Result<&Stream> {
+        if let Some(side) = self.side.get() {
+            return Ok(side);
+        }
+        let made = self.context.side_stream()?;
+        Ok(self.side.get_or_init(|| made))
+    }
+
+    /// The stream on which this rank computes waited for an operation between the two.
     pub(super) fn waited(&self, about: About, before: Event, after: Event) {
         lock(&self.state).waits.push((about, before, after));
         self.changed.notify_all();

@@ -32,6 +32,7 @@ pub(crate) use gpu::Gpu;
 
 use crate::{
     Error, Group, Kind, Pending, Reduce, Result, Tensor,
+    flight::{Awaited, awaited_in_flight, noting_waits},
     op::{Call, Op},
     pending::lock,
     progress::nothing,
@@ -173,7 +174,7 @@ impl Lanes {
         if let Some(error) = self.gpu.failure() {
             return Err(error);
         }
-        let device = Device::Cuda(self.gpu.context.index);
+        let device = self.device();
         if let Some(found) = input.as_ref().map(Tensor::device).filter(|found| *found != device) {
             let message = format!("found a tensor on {found:?}, but this rank's GPU is {device:?}");
             return Err(Error::Cuda { call: call.op.name(), code: 0, message });
@@ -229,9 +230,49 @@ impl Lanes {
                 let _entered = gpu.context.enter()?;
                 flight.join(&gpu, &gpu.context.current_stream()?)?
             };
-            gpu.waited(about, before, after);
+            let awaited = || Awaited { seq: about.seq, group: about.group.clone(), op: about.op };
+            if !awaited_in_flight(&awaited) {
+                gpu.waited(about, before, after);
+            }
             Ok(out.f_to_kind(call.kind)?)
         }))
+    }
+
+    /// Issues everything at once, on the calling thread: `dependent` computes on a stream of its own, which begins when what was
+    /// enqueued so far has ended, and waits for messages in place of the stream on which the rank computes. `reads` are kept
+    /// until that one waits for the whole.
+    pub(crate) fn in_flight<T: Send + 'static>(
+        &self,
+        reads: Vec<Tensor>,
+        dependent: impl FnOnce() -> Result<T>,
+    ) -> Result<Pending<T>> {
+        let gpu = self.gpu.clone();
+        let side = gpu.side()?;
+        let _entered = gpu.context.enter()?;
+        // Memory of the side stream that has been freed may still be read by what was enqueued before.
+        side.wait(&gpu.context.current_stream()?.record()?)?;
+        let (value, last) = {
+            let _elsewhere = gpu.context.compute_on(side)?;
+            noting_waits(dependent)
+        };
+        let (value, landed) = (value?, side.record()?);
+        let gpu = gpu.clone();
+        Ok(Pending::coming(Arc::new(true.into()), move || {
+            let _entered = gpu.context.enter()?;
+            let compute = gpu.context.current_stream()?;
+            let before = compute.record()?;
+            compute.wait(&landed)?;
+            if let Some(Awaited { seq, group, op }) = last {
+                let about = About { op, number: 0, group, bytes: (0, 0), seq };
+                gpu.waited(about, before, compute.record()?);
+            }
+            drop(reads);
+            Ok(value)
+        }))
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        Device::Cuda(self.gpu.context.index)
     }
 
     pub(crate) fn copies_up_to(&self) -> usize {

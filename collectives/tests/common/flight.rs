@@ -36,6 +36,34 @@ pub fn many_in_flight(world: &Group) -> Result<()> {
     Ok(())
 }
 
+/// A sum goes down the ranks while each computes, over and over; memory is used again as soon as it is free.
+pub fn messages_that_depend_on_each_other(world: &Group) -> Result<()> {
+    let (rank, w) = (world.rank(), world.size());
+    let shape = [16, 250];
+    let all = ranks_numbers(w, &shape, Kind::Float);
+    let expected = all[..rank].iter().fold(all[0].zeros_like(), |sum, x| sum + x);
+    for i in 0..20 {
+        let own = &all[rank] + i;
+        let (group, x) = (world.clone(), own.shallow_clone());
+        let before = world.in_flight(vec![own.shallow_clone()], move || {
+            let before = match rank {
+                0 => x.zeros_like(),
+                _ => group.recv_on(device(), &x.size(), Kind::Float, rank - 1)?.wait()?,
+            };
+            if rank + 1 < w {
+                // A copy and a sum that are forgotten before they are through.
+                group.send(&(&before + &x), rank + 1)?.wait()?;
+            }
+            Ok(before)
+        })?;
+        drop(own);
+        let busy: Vec<Tensor> = (0..4).map(|_| Tensor::full([16, 250], f64::NAN, (Kind::Float, device()))).collect();
+        assert_same(&before.wait()?, &(&expected + i * rank as i64));
+        drop(busy);
+    }
+    Ok(())
+}
+
 pub fn rings_in_both_orders(world: &Group) -> Result<()> {
     let (rank, w) = (world.rank(), world.size());
     let (next, previous) = ((rank + 1) % w, (rank + w - 1) % w);

@@ -30,6 +30,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("splits", moves::splits),
     ("meshes", moves::meshes),
     ("many_in_flight", flight::many_in_flight),
+    ("messages_that_depend_on_each_other", flight::messages_that_depend_on_each_other),
     ("rings_in_both_orders", flight::rings_in_both_orders),
     ("messages_pass_collectives", flight::messages_pass_collectives),
     ("inputs_may_be_overwritten_after_wait", flight::inputs_may_be_overwritten_after_wait),

@@ -16,7 +16,7 @@ use tch::Tensor;
 use super::fold::{States, compose, copy, fold};
 use super::message::{Row, gather, narrow, slice};
 use super::route::Route;
-use super::{Chain, Entries, Messages, Result, Scan, Scanned, StateSize, Transitions, missing};
+use super::{Chain, Entries, Messages, Result, Scan, Scanned, StateSize, Transitions, missing, tensors};
 
 pub struct Hierarchical {
     node: Group,
@@ -49,7 +49,9 @@ impl Scan for Hierarchical {
         let row = Row::new(&mine[0], unknown(&|of| of == node));
         let travelling = unknown(&|_| true).map(copy);
         let rows = chain.held.iter().zip(&mine).map(|(&segment, state)| row.pack(state, transitions[segment].as_ref()));
-        let gathered = gather(&self.node, &rows.collect::<Result<Vec<_>>>()?, 1)?;
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        let mut reads = tensors(&mine, &transitions);
+        reads.extend(rows.iter().map(Tensor::shallow_clone));
         let nodes = Nodes {
             group: group.clone(),
             node: self.node.clone(),
@@ -59,7 +61,7 @@ impl Scan for Hierarchical {
             states: chain.links.iter().map(|_| None).collect(),
             transitions,
         };
-        Ok(group.in_flight(move || Ok(nodes.run(&gathered.wait()?, &row)))?)
+        Ok(group.in_flight(reads, move || Ok(nodes.run(&rows, &row)))?)
     }
 
     fn messages(&self, chain: &Chain, rank: usize, size: &StateSize, again: bool) -> Messages {
@@ -98,7 +100,7 @@ impl Sum {
     }
 }
 
-/// The scan of one rank, once its node's summaries are gathered.
+/// The scan of one rank, from the gather of its node's summaries on.
 struct Nodes {
     group: Group,
     node: Group,
@@ -112,7 +114,8 @@ struct Nodes {
 }
 
 impl Nodes {
-    fn run(mut self, gathered: &Tensor, row: &Row) -> Result<(Entries, Transitions)> {
+    fn run(mut self, rows: &[Tensor], row: &Row) -> Result<(Entries, Transitions)> {
+        let gathered = gather(&self.node, rows, 1)?.wait()?;
         let node = self.route.node_of(self.group.rank());
         let members = self.route.members(node);
         for (segment, &(rank, slot)) in self.route.chain.owners.iter().enumerate() {

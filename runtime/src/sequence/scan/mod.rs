@@ -124,6 +124,15 @@ pub(super) fn hierarchical_traffic(node_size: usize, chain: &Chain, rank: usize,
     both_ways(chain, |chain, again| hierarchical::messages(node_size, chain, rank, size, again))
 }
 
+/// What a flight reads of this rank's states and of the transitions that are known.
+fn tensors(states: &[Tensor], transitions: &Transitions) -> Vec<Tensor> {
+    let decays = transitions.iter().flatten().filter_map(|transition| match transition {
+        Transition::Identity => None,
+        Transition::Scalar(sum) | Transition::Channel(sum) => Some(sum),
+    });
+    states.iter().chain(decays).map(Tensor::shallow_clone).collect()
+}
+
 /// A transition in the kind of the states, in which it also travels.
 fn in_kind(transition: Transition, kind: Kind) -> Result<Transition> {
     Ok(match transition {

@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use super::fold::{in_sequence_order, past};
 use super::message::{cut, narrow, slice};
-use super::{Chain, Entries, Messages, Result, Scanned, StateSize, Transitions, missing};
+use super::{Chain, Entries, Messages, Result, Scanned, StateSize, Transitions, missing, tensors};
 
 /// The exclusive prefix by a chain in at most `blocks` blocks: see [`super::Scan::prefix`].
 pub(super) fn relay(
@@ -25,26 +25,15 @@ pub(super) fn relay(
     let me = group.rank();
     let elsewhere = |segment: Option<usize>| segment.map(|s| chain.owners[s].0).filter(|&owner| owner != me);
     let blocks = cut(mine[0].size()[2], blocks as i64);
-    let (mut steps, mut coming, mut sent) = (Vec::new(), Vec::new(), Vec::new());
-    for slot in in_sequence_order(chain) {
+    let step = |slot: usize| {
         let segment = chain.held[slot];
-        let link = &chain.links[segment];
         let (from, to) = (elsewhere(chain.before(segment)), elsewhere(chain.after(segment)));
-        let state = mine[slot].shallow_clone();
-        for block in &blocks {
-            let own = narrow(&state, block)?;
-            if let Some(from) = from {
-                coming.push(group.recv(&own.size(), own.kind(), from)?);
-            }
-            if let Some(to) = to.filter(|_| !link.through) {
-                sent.push(group.send(&own, to)?);
-            }
-        }
-        steps.push(Step { slot, segment, state, from, to: to.filter(|_| link.through) });
-    }
-
+        Step { slot, segment, state: mine[slot].shallow_clone(), from, to }
+    };
+    let steps = in_sequence_order(chain).into_iter().map(step).collect();
+    let reads = tensors(&mine, &transitions);
     let relay = Relay { group: group.clone(), chain: chain.clone(), blocks, steps, transitions };
-    Ok(group.in_flight(move || Ok(relay.run(coming, sent)))?)
+    Ok(group.in_flight(reads, move || Ok(relay.run()))?)
 }
 
 /// What a rank sends and receives: a state for each crossing between one of its segments and another rank's.
@@ -69,7 +58,7 @@ struct Step {
     state: Tensor,
     /// The rank that sends what enters, if it is another one.
     from: Option<usize>,
-    /// The rank that waits for what leaves and could not be sent before.
+    /// The rank that waits for what leaves.
     to: Option<usize>,
 }
 
@@ -82,14 +71,33 @@ struct Relay {
 }
 
 impl Relay {
-    /// `coming`: the blocks of all segments in the order of their receives.
-    fn run(self, coming: Vec<Pending<Tensor>>, mut sent: Vec<Pending<()>>) -> Result<(Entries, Transitions)> {
+    /// Posts every receive, and sends what depends on none.
+    fn start(&self) -> Result<(Vec<Pending<Tensor>>, Vec<Pending<()>>)> {
+        let (mut coming, mut sent) = (Vec::new(), Vec::new());
+        for Step { segment, state, from, to, .. } in &self.steps {
+            for block in &self.blocks {
+                let own = narrow(state, block)?;
+                if let Some(from) = from {
+                    coming.push(self.group.recv(&own.size(), own.kind(), *from)?);
+                }
+                if let Some(to) = to.filter(|_| !self.chain.links[*segment].through) {
+                    sent.push(self.group.send(&own, to)?);
+                }
+            }
+        }
+        Ok((coming, sent))
+    }
+
+    fn run(self) -> Result<(Entries, Transitions)> {
+        let (coming, mut sent) = self.start()?;
+        // In the order of the receives.
         let mut coming = coming.into_iter();
         let mut entries: Entries = self.steps.iter().map(|_| None).collect();
         // What one segment of this rank hands to its next, with no other rank's between.
         let mut handed: Option<Tensor> = None;
         for Step { slot, segment, state, from, to } in &self.steps {
             let (link, transition) = (&self.chain.links[*segment], self.transitions[*segment].as_ref());
+            let to = &to.filter(|_| link.through);
             let mut entry = handed.take().filter(|_| link.enters);
             if from.is_some() {
                 let mut arrived = Vec::with_capacity(self.blocks.len());
