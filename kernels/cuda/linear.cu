@@ -19,7 +19,7 @@
 // plan that the host makes. `summarize` adds up a segment's y^T z; `combine` turns these sums into the state that
 // enters every segment; `run` goes through each segment with that state. No other state is ever written to memory.
 //
-// Inside a block of threads: one warpgroup loads tiles (TMA) and decays and stores outputs, one keeps the state in registers and hands a
+// Inside a block of threads: one warpgroup loads tiles (TMA) and decays, one keeps the state in registers and hands a
 // bf16 copy of it to the two others for every 64 tokens, and these compute outputs.
 
 #ifndef DECAY
@@ -106,8 +106,8 @@ struct RunParams {
     TensorMap x, y, z, x2;
     TensorMap out_map, out2_map;
     Output out, out2;
-    // [B, H, T]. The part of q_i dq_i, or dual of k_i dk_i, that goes through the chunk's entering state; and (dual) what token
-    // i gives as the later one of a pair inside its chunk, less what it gives as the earlier one.
+    // [B, H, T]. The part of q_i dq_i, or dual of k_i dk_i, that goes through the chunk's entering state; and (dual) what
+    // token i gives as the later one of a pair inside its chunk, less what it gives as the earlier one.
     float* dots;
     float* pairs;
     const Segment* segments;
@@ -245,7 +245,8 @@ struct State {
                 f(64 * b + 16 * warp + lane / 4 + 8 * ((i / 2) & 1), i / 4 * 8 + 2 * (lane & 3), m[b][i], m[b][i + 1]);
     }
 
-    // m = e^B m + sum_i f_i y_i^T z_i over a tile or, when tiles come last first (`Backwards`), m = m + e^later sum_i f_i y_i^T z_i.
+    // m = e^B m + sum_i f_i y_i^T z_i over a tile or, when tiles come last first (`Backwards`),
+    // m = m + e^later sum_i f_i y_i^T z_i.
     template <bool Backwards>
     DEVICE void update(u32 y, u32 z, const ChunkDecay& decay, float later, int warp, int lane) {
         u32 a[RowBlocks][CHUNK / 16][4];
@@ -262,7 +263,8 @@ struct State {
             for (int k = 0; k < CHUNK / 16; ++k) {
                 float f[4];
 #pragma unroll
-                for (int e = 0; e < 4; ++e) f[e] = decay.to_state(16 * k + 8 * (e / 2) + 2 * (lane & 3) + (e & 1), later);
+                for (int e = 0; e < 4; ++e)
+                    f[e] = decay.to_state(16 * k + 8 * (e / 2) + 2 * (lane & 3) + (e & 1), later);
 #pragma unroll
                 for (int b = 0; b < RowBlocks; ++b)
 #pragma unroll
@@ -395,7 +397,8 @@ extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant_
             const bool last = i + 1 == c.count;
             *reinterpret_cast<float4*>(p.entries + slot * size + at) = state;
             if (last && (c.final < 0 || !p.finals)) break;
-            const float4 sum = p.sums ? *reinterpret_cast<const float4*>(p.sums + slot * size + at) : make_float4(0, 0, 0, 0);
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (p.sums) sum = *reinterpret_cast<const float4*>(p.sums + slot * size + at);
             const float a = exp2f(p.decays[slot]);
             state.x = a * state.x + sum.x;
             state.y = a * state.y + sum.y;
@@ -415,30 +418,33 @@ constexpr int X2_AT = Z_AT + V_BLOCKS * BLOCK;
 constexpr int STAGE = INTRA ? X2_AT + (DUAL ? X_BLOCKS : DOTS ? V_BLOCKS : 0) * BLOCK : X_BLOCKS * BLOCK;
 constexpr int LOADED = (INTRA ? 2 * K_BLOCKS + V_BLOCKS + (DUAL || DOTS ? V_BLOCKS : 0) : K_BLOCKS) * BLOCK;
 constexpr int SNAPSHOT = K_BLOCKS * V_BLOCKS * BLOCK;
-// Where (dual, DOTS) one warpgroup of the outputs shows the other its do v^T: thread by thread, as their scores are laid out alike.
+// Where (dual, DOTS) one warpgroup of the outputs shows the other its v do^T: thread by thread, as their scores are laid
+// out alike.
 constexpr int EXCHANGE_AT = STAGES * STAGE + 2 * SNAPSHOT;
 constexpr int OUTPUT_ARRIVALS = DUAL ? 2 : 1;
 
 struct Shared {
-    u32 tiles, snapshots, full, empty, ready, taken, entered, done;
-
-    // One for each stage, so that outputs cannot be two phases ahead of their store.
-    DEVICE u32 done_bar(int stage, int mine) const {
-        return done + 8 * (stage + (DUAL ? mine * STAGES : 0));
-    }
+    u32 tiles, snapshots, full, empty, ready, taken, entered;
 };
 
-// TMA clips at the tensor's end, not at a document's.
-DEVICE bool stored_by_tma(int valid, int token, const RunParams& p) {
-    return valid == CHUNK || token + valid == p.tokens;
-}
+// One chunk, for the warpgroups of the outputs.
+struct Work {
+    const Segment& seg;
+    ChunkDecay decay;
+    int token;
+    u32 snapshot, exchange;
+    float* pair_sums;                  // [5, CHUNK] in shared memory
+    u32 ready, parity, taken, empty;  // barriers: the state is there, is no longer needed; the tile is free
+};
 
 // One warpgroup's outputs of one chunk: x times the state plus the masked (x y^T) z. `XBlocks`, `OutBlocks`: columns of
 // x and of the output; `Transposed`: the state is needed as its transpose.
 template <int XBlocks, int OutBlocks, bool Transposed>
-DEVICE void outputs(const RunParams& p, u32 done_bar, u32 ready_bar, u32 ready_parity, u32 taken_bar, u32 x, u32 y, u32 z,
-                    u32 snapshot, u32 weights, u32 exchange, float* pair_sums, const ChunkDecay& decay, const Output& out,
-                    int out_columns, bool add, int token, const Segment& seg, int warp, int lane, int named) {
+DEVICE void outputs(const RunParams& p, const Work& work, u32 x, u32 y, u32 z, u32 weights, const TensorMap* map,
+                    const Output& out, int out_columns, bool add, int warp, int lane, int named) {
+    const ChunkDecay& decay = work.decay;
+    const Segment& seg = work.seg;
+    const int token = work.token;
     constexpr int N = 64 * OutBlocks;
     float o[N / 2];
     float s[32];
@@ -451,15 +457,16 @@ DEVICE void outputs(const RunParams& p, u32 done_bar, u32 ready_bar, u32 ready_p
         }
         wgmma_commit();
     }
-    barrier_wait(ready_bar, ready_parity);
+    barrier_wait(work.ready, work.parity);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4 * XBlocks; ++k) {
         const u64 a = descriptor(x + (k / 4) * BLOCK + (k % 4) * 32, 0);
         if (Transposed)
-            Wgmma<N>::template ss<0>(o, a, descriptor(snapshot + (k / 4) * (K_BLOCKS * BLOCK) + (k % 4) * 32, 0), k > 0);
+            Wgmma<N>::template ss<0>(
+                o, a, descriptor(work.snapshot + (k / 4) * (K_BLOCKS * BLOCK) + (k % 4) * 32, 0), k > 0);
         else
-            Wgmma<N>::template ss<1>(o, a, descriptor(snapshot + k * 2048, K_BLOCKS * BLOCK), k > 0);
+            Wgmma<N>::template ss<1>(o, a, descriptor(work.snapshot + k * 2048, K_BLOCKS * BLOCK), k > 0);
     }
     wgmma_commit();
     const int row = 16 * warp + lane / 4, column = 2 * (lane & 3);
@@ -470,7 +477,7 @@ DEVICE void outputs(const RunParams& p, u32 done_bar, u32 ready_bar, u32 ready_p
         const int thread = 32 * warp + lane;
         if (DOTS && DUAL && Transposed) {
 #pragma unroll
-            for (int i = 0; i < 32; ++i) store_shared(exchange + 4 * (128 * i + thread), s[i]);
+            for (int i = 0; i < 32; ++i) store_shared(work.exchange + 4 * (128 * i + thread), s[i]);
             asm volatile("bar.arrive 5, 256;" ::: "memory");
         }
         constexpr bool PAIRS = DOTS && DUAL && !Transposed;
@@ -486,8 +493,9 @@ DEVICE void outputs(const RunParams& p, u32 done_bar, u32 ready_bar, u32 ready_p
                 const float f0 = decay.between(at_row, at), f1 = decay.between(at_row, at + 1);
                 if (PAIRS) {
                     // A token paired with itself has no decay between.
-                    const float w0 = at == at_row ? 0.f : s[i] * f0 * load_shared(exchange + 4 * (128 * i + thread));
-                    const float w1 = at + 1 == at_row ? 0.f : s[i + 1] * f1 * load_shared(exchange + 4 * (128 * i + 128 + thread));
+                    const u32 theirs = work.exchange + 4 * (128 * i + thread);
+                    const float w0 = at == at_row ? 0.f : s[i] * f0 * load_shared(theirs);
+                    const float w1 = at + 1 == at_row ? 0.f : s[i + 1] * f1 * load_shared(theirs + 512);
                     earlier[r & 1] += w0 + w1;
                     later[4 * k + 2 * (r / 2)] += w0;
                     later[4 * k + 2 * (r / 2) + 1] += w1;
@@ -500,26 +508,26 @@ DEVICE void outputs(const RunParams& p, u32 done_bar, u32 ready_bar, u32 ready_p
             for (int e = 0; e < 2; ++e) {
                 earlier[e] += __shfl_xor_sync(~0u, earlier[e], 1);
                 earlier[e] += __shfl_xor_sync(~0u, earlier[e], 2);
-                if ((lane & 3) == 0) pair_sums[row + 8 * e] = earlier[e];
+                if ((lane & 3) == 0) work.pair_sums[row + 8 * e] = earlier[e];
             }
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
 #pragma unroll
                 for (int step = 4; step < 32; step *= 2) later[i] += __shfl_xor_sync(~0u, later[i], step);
-                if (lane < 4) pair_sums[CHUNK * (warp + 1) + 8 * (i / 2) + 2 * lane + (i & 1)] = later[i];
+                if (lane < 4) work.pair_sums[CHUNK * (warp + 1) + 8 * (i / 2) + 2 * lane + (i & 1)] = later[i];
             }
             warpgroup_sync(named);
             if (thread < decay.valid) {
-                float sum = -pair_sums[thread];
+                float sum = -work.pair_sums[thread];
 #pragma unroll
-                for (int w = 1; w < 5; ++w) sum += pair_sums[CHUNK * w + thread];
+                for (int w = 1; w < 5; ++w) sum += work.pair_sums[CHUNK * w + thread];
                 p.pairs[(long long)(seg.batch * p.heads + seg.head) * p.tokens + token + thread] = sum * p.scale;
             }
         }
     }
     wgmma_wait<0>();
     pin(o);
-    warp_arrives(taken_bar, lane);
+    warp_arrives(work.taken, lane);
     if (DECAY) {
         const float f0 = decay.from_state(row), f1 = decay.from_state(row + 8);
 #pragma unroll
@@ -565,7 +573,19 @@ DEVICE void outputs(const RunParams& p, u32 done_bar, u32 ready_bar, u32 ready_p
                            pack_bf16(v[4] * scale, v[5] * scale), pack_bf16(v[6] * scale, v[7] * scale));
         }
     }
-    if (!stored_by_tma(decay.valid, token, p)) {
+    // TMA clips at the tensor's end, not at a document's.
+    if (decay.valid == CHUNK || token + decay.valid == p.tokens) {
+        fence_async();
+        warpgroup_sync(named);
+        if (warp == 0 && lane == 0) {
+#pragma unroll
+            for (int b = 0; b < OutBlocks; ++b)
+                tma_store(map, x + b * BLOCK, 64 * b, token, seg.head, seg.batch, add);
+            tma_store_commit();
+            tma_store_wait_read<0>();
+            barrier_arrive(work.empty);
+        }
+    } else {
         warpgroup_sync(named);
         unsigned short* base = (unsigned short*)out.data + seg.batch * out.batch + seg.head * out.head;
         for (int i = 32 * warp + lane; i < decay.valid * 8 * OutBlocks; i += 128) {
@@ -573,7 +593,8 @@ DEVICE void outputs(const RunParams& p, u32 done_bar, u32 ready_bar, u32 ready_p
             if (8 * piece >= out_columns) continue;
             const u32 from = x + (piece / 8) * BLOCK + r * 128 + (((piece & 7) ^ (r & 7)) << 4);
             uint4 v;
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
             uint4* at = reinterpret_cast<uint4*>(base + (token + r) * out.token + 8 * piece);
             if (add) {
                 const uint4 old = *at;
@@ -581,46 +602,17 @@ DEVICE void outputs(const RunParams& p, u32 done_bar, u32 ready_bar, u32 ready_p
             }
             *at = v;
         }
+        fence_async();
+        warpgroup_sync(named);
+        if (warp == 0 && lane == 0) barrier_arrive(work.empty);
     }
-    fence_async();
-    barrier_arrive(done_bar);
-}
-
-// The warp that stores one warpgroup's outputs and then frees their tile, so that the warpgroup need not wait for TMA.
-DEVICE void store_outputs(const RunParams& p, const Shared& sh, int from, int to, int mine) {
-    const bool second = DUAL && mine == 1;
-    const TensorMap* map = second ? &p.out2_map : &p.out_map;
-    const int blocks = second ? K_BLOCKS : V_BLOCKS;
-    const bool add = p.accumulate & (second ? 2 : 1);
-    Walk w;
-    int count = 0;
-    for (int s = from; s < to; ++s) {
-        const Segment seg = p.segments[s];
-        const int n = chunks_of(seg);
-        for (int i = 0; i < n; ++i, ++count) {
-            const int stage = w.stage, token = seg.start + chunk_at(i, n) * CHUNK;
-            const u32 phase = w.phase;
-            w.next<STAGES>();
-            if (!DUAL && (count & 1) != mine) continue;
-            barrier_wait(sh.done_bar(stage, mine), phase);
-            if (stored_by_tma(min(CHUNK, seg.end - token), token, p)) {
-                const u32 tile = sh.tiles + stage * STAGE + (second ? X2_AT : 0);
-                for (int b = 0; b < blocks; ++b)
-                    tma_store(map, tile + b * BLOCK, 64 * b, token, seg.head, seg.batch, add);
-                tma_store_commit();
-                tma_store_wait_read<0>();
-            }
-            barrier_arrive(sh.empty + 8 * stage);
-        }
-    }
-    tma_store_wait<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__ RunParams p) {
     extern __shared__ char raw[];
     __shared__ float sums[STAGES * CHUNK];
     __shared__ float pair_sums[DOTS && DUAL ? 5 * CHUNK : 1];
-    __shared__ u64 bars[(2 + OUTPUT_ARRIVALS) * STAGES + 5];
+    __shared__ u64 bars[2 * STAGES + 5];
     Shared sh;
     sh.tiles = (shared_address(raw) + 1023) & ~1023u;
     sh.snapshots = sh.tiles + STAGES * STAGE;
@@ -629,7 +621,6 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
     sh.ready = sh.empty + 8 * STAGES;
     sh.taken = sh.ready + 16;
     sh.entered = sh.taken + 16;
-    sh.done = sh.entered + 8;
     const int role = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
@@ -640,7 +631,6 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
             barrier_init(sh.ready + 8 * i, 128);
             barrier_init(sh.taken + 8 * i, 4 * WARP_ARRIVALS * OUTPUT_ARRIVALS);
         }
-        for (int i = 0; i < OUTPUT_ARRIVALS * STAGES; ++i) barrier_init(sh.done + 8 * i, 128);
         barrier_init(sh.entered, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -669,8 +659,6 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
             }
         } else if (DECAY && warp == 1) {
             load_decays<STAGES>(p.decay, p.segments, from, to, sums, sh.full, sh.empty, lane, 0);
-        } else if (warp >= 2 && lane == 0) {
-            store_outputs(p, sh, from, to, warp - 2);
         }
     } else if (role == 1) {
         registers_more<STATE_REGISTERS>();
@@ -734,20 +722,30 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
                 w.next<STAGES>();
                 if (!DUAL && slot != mine) continue;
                 const int token = seg.start + chunk_at(i, n) * CHUNK;
-                const u32 tile = sh.tiles + stage * STAGE, snapshot = sh.snapshots + slot * SNAPSHOT;
+                const u32 tile = sh.tiles + stage * STAGE;
                 barrier_wait(sh.full + 8 * stage, phase);
-                const ChunkDecay decay{sums + stage * CHUNK, min(CHUNK, seg.end - token)};
-                const u32 done = sh.done_bar(stage, mine), ready = sh.ready + 8 * slot, taken = sh.taken + 8 * slot, parity = count / 2 & 1;
+                const Work work{
+                    seg,
+                    {sums + stage * CHUNK, min(CHUNK, seg.end - token)},
+                    token,
+                    sh.snapshots + slot * SNAPSHOT,
+                    sh.tiles + EXCHANGE_AT,
+                    pair_sums,
+                    sh.ready + 8 * slot,
+                    (u32)count / 2 & 1,
+                    sh.taken + 8 * slot,
+                    sh.empty + 8 * stage,
+                };
                 if (!DUAL || mine == 0)
-                    outputs<K_BLOCKS, V_BLOCKS, false>(p, done, ready, parity, taken, tile, tile + Y_AT, tile + Z_AT,
-                                                       snapshot, tile + X2_AT, sh.tiles + EXCHANGE_AT, pair_sums, decay, p.out, p.out_columns,
-                                                       p.accumulate & 1, token, seg, warp, lane, 2 + mine);
+                    outputs<K_BLOCKS, V_BLOCKS, false>(p, work, tile, tile + Y_AT, tile + Z_AT, tile + X2_AT, &p.out_map,
+                                                       p.out, p.out_columns, p.accumulate & 1, warp, lane, 2 + mine);
                 else
-                    outputs<V_BLOCKS, K_BLOCKS, true>(p, done, ready, parity, taken, tile + X2_AT, tile + Z_AT,
-                                                      tile + Y_AT, snapshot, tile, sh.tiles + EXCHANGE_AT, pair_sums, decay, p.out2,
-                                                      p.out2_columns, p.accumulate & 2, token, seg, warp, lane, 2 + mine);
+                    outputs<V_BLOCKS, K_BLOCKS, true>(p, work, tile + X2_AT, tile + Z_AT, tile + Y_AT, tile,
+                                                      &p.out2_map, p.out2, p.out2_columns, p.accumulate & 2, warp, lane,
+                                                      2 + mine);
             }
         }
+        if (warp == 0 && lane == 0) tma_store_wait<0>();
     }
 }
 
@@ -780,9 +778,9 @@ DEVICE float sum_of_warp(float x) {
 }
 
 // d log a_t: what crosses token t. Inside its chunk, from pairs; from before the chunk into it, from query dots of tokens
-// t..; from tokens ..t - 1 out of the chunk, from key dots; and through the whole chunk. With E the sum over the elements of
-// the state at a place times that state's gradient, the last is E at the chunk's end less the chunk's key dots, and E at its
-// start is that plus its query dots.
+// t and later; from tokens before t out of the chunk, from key dots; and through the whole chunk. With E the sum over the
+// elements of the state at a place times that state's gradient, the last is E at the chunk's end less the chunk's key dots,
+// and E at its start is that plus its query dots.
 extern "C" __global__ void __launch_bounds__(256) decay_gradient(const __grid_constant__ DecayGradientParams p) {
     __shared__ float partial[8];
     __shared__ float keys[CHUNKS_AT_ONCE], queries[CHUNKS_AT_ONCE], through[CHUNKS_AT_ONCE];
@@ -795,7 +793,8 @@ extern "C" __global__ void __launch_bounds__(256) decay_gradient(const __grid_co
         const float* state = seg.after >= 0 ? p.entries + seg.after * size : p.finals + (-1 - seg.after) * size;
         const float* grad = p.exits + seg.slot * size;
         for (int i = 4 * threadIdx.x; i < p.elements; i += 1024) {
-            const float4 a = *reinterpret_cast<const float4*>(state + i), b = *reinterpret_cast<const float4*>(grad + i);
+            const float4 a = *reinterpret_cast<const float4*>(state + i);
+            const float4 b = *reinterpret_cast<const float4*>(grad + i);
             x += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
         }
     }

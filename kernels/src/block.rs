@@ -201,12 +201,7 @@ pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor, back: bool) -> Result<Tens
 
 /// The cross-entropy of logits `[rows, vocab]` against labels `[rows]` i64: losses `[rows]` in the accumulation kind, 0 where
 /// the label is `ignore`; and, if wanted, the gradient of their sum, in the kind of the logits and in their memory.
-pub fn cross_entropy(
-    logits: Tensor,
-    labels: &Tensor,
-    ignore: i64,
-    gradient: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
+pub fn cross_entropy(logits: Tensor, labels: &Tensor, ignore: i64, gradient: bool) -> Result<(Tensor, Option<Tensor>)> {
     if fused(&logits, ANY) {
         let logits = logits.f_contiguous()?;
         let loss = ops::cross_entropy(&logits, labels, ignore, gradient)?;

@@ -7,9 +7,9 @@
 
 #![deny(unsafe_code)]
 
+pub mod block;
 #[allow(unsafe_code)]
 pub mod bridge;
-pub mod block;
 #[allow(unsafe_code)]
 pub mod cuda;
 mod error;

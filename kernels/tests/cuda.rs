@@ -201,7 +201,7 @@ fn adamw() {
             v = &v * a.beta2 + g.square() * (1.0 - a.beta2);
             let _ = p.narrow(0, 0, decayed).g_mul_scalar_(1.0 - a.lr * a.weight_decay);
             let corrected = |x: &Tensor, beta: f64| x / (1.0 - beta.powi(step as i32));
-            p = p - corrected(&m, a.beta1) / (corrected(&v, a.beta2).sqrt() + a.eps) * a.lr;
+            p -= corrected(&m, a.beta1) / (corrected(&v, a.beta2).sqrt() + a.eps) * a.lr;
         }
         assert_close("mean", &mean, &m, 1e-6);
         assert_close("square", &square, &v, 1e-6);

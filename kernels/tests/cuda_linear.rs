@@ -1,12 +1,12 @@
 //! The Hopper kernels of linear attention against the f64 recurrence, by FlashAttention's rule: at most twice the error that a
 //! naive implementation in bf16 makes. Every length, cut and head size that takes another path through them.
 
+use kernels::cuda;
 use kernels::cuda::linear::{Fused, LINEAR, Variant, supports};
-use kernels::cuda::{self};
 use kernels::linear::chunkwise::Chunkwise;
 use kernels::linear::oracle::Whole;
 use kernels::linear::{Grads, Inputs, StateMixer};
-use kernels::testing::{assert_close, cuda, relative_rms};
+use kernels::testing::{assert_close, cuda as gpu, relative_rms};
 use tch::{Device, Kind, Tensor};
 
 const SCALE: f64 = 0.7;
@@ -43,7 +43,7 @@ struct Case {
 
 /// A GPU that the kernels are for.
 fn hopper() -> Option<Device> {
-    let device = cuda()?;
+    let device = gpu()?;
     let x = Tensor::zeros([1, 1, 1, 8], (Kind::BFloat16, device));
     let there = supports(&Inputs::new(&x, &x, &x, None).unwrap());
     if !there {
@@ -127,8 +127,12 @@ fn chained(x: &Inputs, d_o: &Tensor, cuts: &[i64], initial: &Tensor, exit: &Tens
     }
     let cat = |f: &dyn Fn(&Grads) -> Tensor| Tensor::cat(&grads.iter().map(f).collect::<Vec<_>>(), 1);
     let dlog_decay = x.decay.tensor().map(|_| cat(&|g| g.dlog_decay.as_ref().unwrap().shallow_clone()));
-    let grads =
-        Grads { dq: cat(&|g| g.dq.shallow_clone()), dk: cat(&|g| g.dk.shallow_clone()), dv: cat(&|g| g.dv.shallow_clone()), dlog_decay };
+    let grads = Grads {
+        dq: cat(&|g| g.dq.shallow_clone()),
+        dk: cat(&|g| g.dk.shallow_clone()),
+        dv: cat(&|g| g.dv.shallow_clone()),
+        dlog_decay,
+    };
     All { o: Tensor::cat(&o, 1), end: state, grads, d_initial: exit }
 }
 
@@ -151,12 +155,7 @@ fn naive(x: &Inputs, d_o: &Tensor, initial: &Tensor, exit: &Tensor, kind: Kind) 
     let left = (heads(&k) * (&total - &sums).exp().unsqueeze(-1)).transpose(-1, -2).matmul(&heads(&v));
     let end = &m * total.exp().unsqueeze(-1) + left;
     ((&o * d_o.to_kind(kind)).sum(kind) + (&end * exit.to_kind(kind)).sum(kind)).backward();
-    let grads = Grads {
-        dq: q.grad(),
-        dk: k.grad(),
-        dv: v.grad(),
-        dlog_decay: x.decay.tensor().map(|_| g.grad()),
-    };
+    let grads = Grads { dq: q.grad(), dk: k.grad(), dv: v.grad(), dlog_decay: x.decay.tensor().map(|_| g.grad()) };
     All { o: o.detach(), end: end.detach(), grads, d_initial: m.grad() }
 }
 
@@ -167,8 +166,7 @@ fn the_naive_version_in_f64_is_the_recurrence() {
     for decay in DECAYS {
         let x = inputs(decay, case);
         let (d_o, initial) = (randn(&x.v.size(), Kind::BFloat16), randn(&[2, 2, 8, 16], Kind::Float));
-        let whole =
-            Whole { inputs: &x, cu_seqlens: None, initial_state: Some(&initial), causal: true, scale: SCALE };
+        let whole = Whole { inputs: &x, cu_seqlens: None, initial_state: Some(&initial), causal: true, scale: SCALE };
         let (out, grads) = (whole.forward().unwrap(), whole.backward(&d_o).unwrap());
         let ours = naive(&x, &d_o, &initial, &initial.zeros_like(), Kind::Double);
         assert_close(&format!("o, {decay}"), &ours.o, &out.o, 1e-10);
@@ -190,6 +188,8 @@ fn as_good_as_naive_bf16() {
         (Case { b: 2, t: 67, h: 3, dk: 16, dv: 8 }, vec![0, 67]),
         (Case { b: 1, t: 1, h: 1, dk: 128, dv: 128 }, vec![0, 1]),
         (Case { b: 1, t: 1000, h: 2, dk: 128, dv: 128 }, vec![0, 1000]),
+        // Long enough for the warpgroups of a block to drift apart.
+        (Case { b: 1, t: 3001, h: 24, dk: 128, dv: 128 }, vec![0, 3001]),
         (Case { b: 2, t: 200, h: 5, dk: 128, dv: 128 }, vec![0, 1, 64, 130, 200]),
         (Case { b: 1, t: 700, h: 2, dk: 96, dv: 64 }, vec![0, 333, 700]),
         (Case { b: 1, t: 321, h: 2, dk: 64, dv: 128 }, vec![0, 321]),

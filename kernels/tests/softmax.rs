@@ -87,6 +87,7 @@ fn cases() -> Vec<Case> {
         case("unmasked, groups of 2, K < V", [3, 33, 5, 4, 2, 7, 24], whole(33, 5, false)),
         case("unmasked across blocks", [1, 600, 1000, 3, 1, 16, 16], whole(600, 1000, false)),
         case("one query", [1, 1, 1000, 4, 1, 64, 128], whole(1, 1000, true)),
+        case("one query, groups of 4", [2, 1, 130, 4, 1, 64, 64], whole(1, 130, true)),
         case("one dimension", [1, 9, 9, 1, 1, 1, 1], whole(9, 9, true)),
         case("documents, gaps and empty tiles", [2, 75, 97, 4, 2, 16, 8], documents),
         case("tiles out of order, keys overlap", [1, 71, 71, 2, 2, 16, 16], shuffled),

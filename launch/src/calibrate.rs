@@ -22,6 +22,9 @@ pub struct Args {
     /// as in node=4,intra=2us/100GB/s,inter=20us/10GB/s
     #[arg(long, value_name = "NETWORK")]
     network: Option<Network>,
+    /// Measure kernels once and at few sizes: some seconds, for a first look
+    #[arg(long)]
+    quick: bool,
     /// The file to write, TOML; it is replaced
     #[arg(long, value_name = "FILE", default_value = "machine.toml")]
     out: PathBuf,
@@ -36,7 +39,8 @@ pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
         let name = args.out.file_stem().map_or_else(|| "here".to_owned(), |name| name.to_string_lossy().into_owned());
         let node = args.network.map_or(world.size(), |network| network.node);
         let network = args.network.map(|network| network.to_string());
-        let found = calibrate(world, &Setting { name, node, memory: doctor::memory("MemTotal"), network })?;
+        let found =
+            calibrate(world, &Setting { name, node, memory: doctor::memory("MemTotal"), network, quick: args.quick })?;
         if world.rank() == 0 { write(&args, world, &found) } else { Ok(()) }
     })
 }

@@ -42,6 +42,7 @@ pub fn run(args: Args) -> Result<()> {
         mpi(),
         about_driver(driver.as_deref()),
         gpus(driver.is_some()),
+        nvrtc(driver.is_some()),
         nccl(driver.is_some()),
     ];
     let text = match args.json {
@@ -210,6 +211,15 @@ fn gpus(has_driver: bool) -> Finding {
 fn model(gpu: fs::DirEntry) -> Option<String> {
     let information = fs::read_to_string(gpu.path().join("information")).ok()?;
     Some(information.lines().find_map(|line| line.strip_prefix("Model:"))?.trim().to_owned())
+}
+
+fn nvrtc(has_driver: bool) -> Finding {
+    let version = kernels::cuda::compiler().map(|(major, minor)| format!("{major}.{minor}"));
+    let found = version.as_ref().map_or_else(|_| "none".to_owned(), |version| format!("NVRTC {version}"));
+    let mend = version.as_ref().err().filter(|_| has_driver).map(|error| {
+        format!("GPU kernels cannot be compiled ({error}): .venv/bin/python -m pip install nvidia-cuda-nvrtc")
+    });
+    Finding { name: "NVRTC", found, mend, detail: json!({ "version": version.ok() }) }
 }
 
 /// The one that libtorch's CUDA part has brought, or that would be opened.

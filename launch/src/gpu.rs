@@ -16,20 +16,24 @@ pub fn keep_kernels() {
     let folder = |name: &str| env::var_os(name).map(PathBuf::from);
     let caches = || folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
     let named = folder("LASP_KERNELS").or_else(|| Some(caches()?.join("lasp/kernels")));
-    kernels::cuda::keep_in(named.filter(|path| path.is_absolute()));
+    kernels::cuda::keep_in(named.filter(|path| !path.as_os_str().is_empty()));
 }
 
 /// Where this rank computes, and the group through which it then meets the others. Collective; to be called before the
 /// first tensor is made.
 ///
-/// "auto" leaves ranks that are threads on the CPU where they are more than the GPUs.
+/// "auto" is the CPU where a node has more ranks than GPUs.
 pub fn place(kind: DeviceKind, launcher: &Launcher, world: &Group) -> Result<(Group, Device)> {
     let wanted = match kind {
         DeviceKind::Cpu => false,
         DeviceKind::Cuda => true,
         DeviceKind::Auto => {
-            let gpus = kernels::cuda::devices();
-            gpus > 0 && (world.size() <= gpus || launcher.joins_processes()?)
+            let on_node = match launcher {
+                Launcher::Mpi { on_node, .. } => *on_node,
+                Launcher::Tcp(peer) => peer.on_node,
+                Launcher::None => None,
+            };
+            on_node.unwrap_or(world.size()) <= kernels::cuda::devices()
         }
     };
     if wanted { job::on_gpu(launcher, world) } else { Ok((world.clone(), Device::Cpu)) }

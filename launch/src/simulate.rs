@@ -18,7 +18,7 @@ use crate::output::{self, bytes, grouped, table};
 #[derive(clap::Args)]
 #[command(after_help = EXPLANATION)]
 pub struct Args {
-    /// a100-dgx, h100-dgx, h200-dgx, or a TOML file, which may begin with base = "h100-dgx"
+    /// a100-dgx, h100-dgx, h200-dgx, epyc-2core, or a TOML file, which may begin with base = "h100-dgx"
     #[arg(long, value_name = "NAME|FILE", default_value = "h100-dgx")]
     machine: String,
     /// The configuration, TOML; its model, element type and layout count

@@ -100,48 +100,42 @@ fn help_and_usage() {
     }
 }
 
-/// The program as torchrun starts it.
-fn under_torchrun(rank: usize, size: usize, port: u16) -> Command {
-    let mut command = Command::new(PROGRAM);
-    let numbers = [("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", rank), ("MASTER_PORT", port.into())];
-    command.env("MASTER_ADDR", "localhost").env("OMP_NUM_THREADS", "1");
-    command.envs(numbers.map(|(name, number)| (name, number.to_string())));
-    command
-}
-
-fn free_port() -> u16 {
+/// The program on `size` processes as torchrun starts them, in rank order.
+fn torchrun(folder: &Path, size: usize, args: &[&str]) -> Vec<Ran> {
     let listener = std::net::TcpListener::bind("localhost:0").expect("a port");
-    listener.local_addr().expect("a port").port().min(65000)
+    // Room for the ports after it.
+    let port = listener.local_addr().expect("a port").port().min(65000);
+    drop(listener);
+    let start = |rank: usize| {
+        let numbers = [("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", rank), ("MASTER_PORT", port.into())];
+        let mut command = Command::new(PROGRAM);
+        command.envs(numbers.map(|(name, number)| (name, number.to_string())));
+        run(command.env("MASTER_ADDR", "localhost").env("OMP_NUM_THREADS", "1").current_dir(folder).args(args))
+    };
+    std::thread::scope(|scope| {
+        let started: Vec<_> = (0..size).map(|rank| scope.spawn(move || start(rank))).collect();
+        started.into_iter().map(|job| job.join().expect("it ran")).collect()
+    })
 }
 
 #[test]
 fn processes_of_torchrun_find_each_other() {
-    let jobs = |kind: &'static str, rank: usize, size: usize| {
-        let port = free_port();
-        let job = move |who: usize| {
-            let mut command = under_torchrun(who, size, port);
-            run(command.args(["fault", "--kind", kind, "--rank", &rank.to_string()]))
-        };
-        let started: Vec<_> = (0..size).map(|who| std::thread::spawn(move || job(who))).collect();
-        started.into_iter().map(|job| job.join().expect("it ran")).collect::<Vec<_>>()
-    };
-    jobs("none", 0, 3).into_iter().for_each(|ran| drop(ran.succeeds()));
-    jobs("none", 0, 1).into_iter().for_each(|ran| drop(ran.succeeds()));
+    let here = Path::new(".");
+    let fault = |kind, rank, size| torchrun(here, size, &["fault", "--kind", kind, "--rank", rank]);
+    fault("none", "0", 3).into_iter().for_each(|ran| drop(ran.succeeds()));
+    fault("none", "0", 1).into_iter().for_each(|ran| drop(ran.succeeds()));
     for (kind, why) in [("error", "rank 1: a fault was asked for"), ("panic", "a fault was asked for")] {
-        let ran: Vec<_> = jobs(kind, 1, 3).into_iter().map(|ran| ran.fails_with(&[])).collect();
+        let ran: Vec<_> = fault(kind, "1", 3).into_iter().map(|ran| ran.fails_with(&[])).collect();
         let said: Vec<_> = ran.iter().map(|ran| ran.err.lines().count()).collect();
         assert!(ran[1].err.contains(why) && said == [0, 1, 0], "{said:?} lines:\n{}", ran[1].err);
         assert!(ran.iter().all(|ran| ran.since_first_line < std::time::Duration::from_secs(5)));
     }
-    let ran = jobs("mismatch", 1, 2);
+    let ran = fault("mismatch", "1", 2);
     assert!(ran.iter().all(|ran| !ran.ok) && ran[0].err.contains("shapes differ"), "{}", ran[0].err);
-    run(under_torchrun(0, 2, free_port()).args([
-        "bench",
-        "collectives",
-        "--network",
-        "node=1,intra=1us/1GB/s,inter=1us/1GB/s",
-    ]))
-    .fails_with(&["--network", "launcher"]);
+    let network = "node=1,intra=1us/1GB/s,inter=1us/1GB/s";
+    for ran in torchrun(here, 2, &["bench", "collectives", "--network", network]) {
+        assert!(!ran.ok);
+    }
 }
 
 #[test]
@@ -267,6 +261,9 @@ fn losses_are_those_of_one_rank() {
         others.push(train("processes", Ranks::Mpi(2), &[]));
         others.push(train("zigzag", Ranks::Mpi(4), &["--set", "parallel.layout=zigzag"]));
     }
+    let args = ["train", "tiny.toml", "--run-dir", "tcp", "--set", "train.dtype=f64", "--set", "train.steps=20"];
+    torchrun(folder.path(), 2, &args).into_iter().for_each(|ran| drop(ran.succeeds()));
+    others.push(losses(&folder.path().join("tcp")));
     for losses in &others {
         let worst = losses.iter().zip(&alone).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max);
         assert!(losses.len() == 20 && worst <= 1e-9, "losses differ by {worst:.1e}");

@@ -171,7 +171,15 @@ fn a_calibrated_machine_has_the_network_that_was_emulated() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("emulated.toml");
     let mut command = command(Ranks::Threads(4));
-    command.args(["calibrate", "--ranks", "4", "--network", "node=2,intra=1ms/1GB/s,inter=4ms/100MB/s", "--out"]);
+    command.args([
+        "calibrate",
+        "--quick",
+        "--ranks",
+        "4",
+        "--network",
+        "node=2,intra=1ms/1GB/s,inter=4ms/100MB/s",
+        "--out",
+    ]);
     let ran = run(command.arg(&file)).succeeds();
     assert!(ran.out.contains("chunkwise linear attention"), "{}", ran.out);
     let machine = benches::simulate::Machine::load(file.to_str().unwrap()).unwrap();

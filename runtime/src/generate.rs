@@ -94,7 +94,9 @@ impl<'a> Decoder<'a> {
         let mut last = Tensor::new();
         let device = self.model.params.flat.device();
         for chunk in tokens.chunks(PREFILL) {
-            let hidden = self.model.decode(&Tensor::f_from_slice(chunk)?.f_unsqueeze(0)?.f_to_device(device)?, &mut self.caches)?;
+            let hidden = self
+                .model
+                .decode(&Tensor::f_from_slice(chunk)?.f_unsqueeze(0)?.f_to_device(device)?, &mut self.caches)?;
             last = hidden.f_select(1, chunk.len() as i64 - 1)?;
         }
         Ok(self.model.logits(&last)?.f_select(0, 0)?.f_to_kind(Kind::Double)?)

@@ -124,7 +124,11 @@ fn twenty_steps_on_cuda_have_the_losses_of_the_cpu() {
         let config = config(&sets.each_ref().map(String::as_str));
         let (ours, cpu) = (losses(&config, device), losses(&config, Device::Cpu));
         for (step, (ours, cpu)) in ours.iter().zip(&cpu).enumerate() {
-            assert!((ours / cpu - 1.0).abs() < tolerance, "{dtype}, step {}: {ours} on CUDA, {cpu} on the CPU", step + 1);
+            assert!(
+                (ours / cpu - 1.0).abs() < tolerance,
+                "{dtype}, step {}: {ours} on CUDA, {cpu} on the CPU",
+                step + 1
+            );
         }
         assert!(ours[19] < ours[0], "it learns");
     }
@@ -145,7 +149,9 @@ fn checkpoints_move_between_cuda_and_the_cpu() {
         local::run(1, run).unwrap().swap_remove(0).loss
     };
     let whole = train("whole", 8, device, false);
-    for (name, first, second) in [("gpu", device, device), ("to-cpu", device, Device::Cpu), ("to-gpu", Device::Cpu, device)] {
+    for (name, first, second) in
+        [("gpu", device, device), ("to-cpu", device, Device::Cpu), ("to-gpu", Device::Cpu, device)]
+    {
         train(name, 4, first, false);
         let resumed = train(name, 8, second, true);
         assert!((resumed / whole - 1.0).abs() < 1e-2, "{name}: {resumed}, in one run {whole}");

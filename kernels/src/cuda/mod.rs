@@ -18,8 +18,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use tch::{Device, Tensor};
 
 pub use cache::keep_in;
-use driver::{Attribute, Context, Function, Module, driver};
 pub use driver::Launch;
+use driver::{Attribute, Context, Function, Module, driver};
 
 use crate::{Error, Result};
 
@@ -125,6 +125,11 @@ pub fn compile(program: &Program, arch: &str, defines: &[String]) -> Result<Vec<
 /// Whether kernels can be compiled here.
 pub fn has_compiler() -> bool {
     nvrtc::nvrtc().is_ok()
+}
+
+/// The version of NVRTC, `(major, minor)`; an error that says what was looked for where there is none.
+pub fn compiler() -> Result<(i32, i32)> {
+    nvrtc::nvrtc()?.version()
 }
 
 /// [`compile`], or what an earlier run has left of it.

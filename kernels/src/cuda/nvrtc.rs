@@ -99,13 +99,7 @@ impl Nvrtc {
     }
 
     /// Compiles `source`, which may include any of `headers` `(name, text)`, to a cubin. The error has the compiler's log.
-    pub fn compile(
-        &self,
-        name: &str,
-        source: &str,
-        headers: &[(&str, &str)],
-        options: &[String],
-    ) -> Result<Vec<u8>> {
+    pub fn compile(&self, name: &str, source: &str, headers: &[(&str, &str)], options: &[String]) -> Result<Vec<u8>> {
         let (c_name, c_source) = (c_string(name)?, c_string(source)?);
         let names = headers.iter().map(|(name, _)| c_string(name)).collect::<Result<Vec<_>>>()?;
         let texts = headers.iter().map(|(_, text)| c_string(text)).collect::<Result<Vec<_>>>()?;

@@ -15,6 +15,14 @@ fn plain(device: Device, name: &str) -> Result<Kernel> {
     kernel(device, &BLOCK, &[], name)
 }
 
+/// A function for which a constant of the file matters; its usual value is that of [`plain`], compiled once for all.
+fn variant(device: Device, constant: &str, value: i64, usual: i64, name: &str) -> Result<Kernel> {
+    if value == usual {
+        return plain(device, name);
+    }
+    kernel(device, &BLOCK, &[format!("{constant}={value}")], name)
+}
+
 fn blocks_of(numbers: i64, each: i64) -> u32 {
     ((numbers + each - 1) / each) as u32
 }
@@ -65,9 +73,11 @@ pub const HEAD_WIDTH: i64 = 256;
 
 fn norm_kernel(device: Device, width: i64, name: &str) -> Result<Kernel> {
     if width % 8 != 0 || width > NORM_WIDTH {
-        return Err(Error::Unsupported(format!("a norm over {width} numbers: expected a multiple of 8 up to {NORM_WIDTH}")));
+        return Err(Error::Unsupported(format!(
+            "a norm over {width} numbers: expected a multiple of 8 up to {NORM_WIDTH}"
+        )));
     }
-    kernel(device, &BLOCK, &[format!("VECS={}", (width + THREADS * 8 - 1) / (THREADS * 8))], name)
+    variant(device, "VECS", (width + THREADS * 8 - 1) / (THREADS * 8), 1, name)
 }
 
 /// x `[.., D]` bf16 -> y, and rstd `[rows]` f32.
@@ -125,10 +135,12 @@ pub fn norm_backward(
 
 fn heads_kernel(device: Device, width: i64, name: &str) -> Result<(Kernel, i64)> {
     if width % 8 != 0 || width > HEAD_WIDTH {
-        return Err(Error::Unsupported(format!("heads of {width} numbers: expected a multiple of 8 up to {HEAD_WIDTH}")));
+        return Err(Error::Unsupported(format!(
+            "heads of {width} numbers: expected a multiple of 8 up to {HEAD_WIDTH}"
+        )));
     }
     let lanes = (width / 8).max(1).unsigned_abs().next_power_of_two() as i64;
-    Ok((kernel(device, &BLOCK, &[format!("LANES={lanes}")], name)?, THREADS / lanes))
+    Ok((variant(device, "LANES", lanes, 16, name)?, THREADS / lanes))
 }
 
 /// x `[.., V]` bf16, weight `[V]`, gate as many numbers as x -> y.
@@ -311,7 +323,14 @@ pub struct AdamStep {
 
 /// One update of `high` `[P]` bf16 with its master's lower bits `low` `[P]` i16 and the moments `[P]` f32, by the gradient
 /// `[P]` (bf16 or f32) times the second number of `clipping`.
-pub fn adamw(high: &Tensor, low: &Tensor, moments: [&Tensor; 2], grad: &Tensor, clipping: &Tensor, a: AdamStep) -> Result<()> {
+pub fn adamw(
+    high: &Tensor,
+    low: &Tensor,
+    moments: [&Tensor; 2],
+    grad: &Tensor,
+    clipping: &Tensor,
+    a: AdamStep,
+) -> Result<()> {
     let (numbers, device) = (high.numel() as i64, high.device());
     check("parameters", high, Kind::BFloat16, numbers)?;
     check("lower bits", low, Kind::Int16, numbers)?;
@@ -322,15 +341,9 @@ pub fn adamw(high: &Tensor, low: &Tensor, moments: [&Tensor; 2], grad: &Tensor, 
     check("clipping", clipping, Kind::Double, 2)?;
     let name = by_kind(grad, "adamw_bf16", "adamw_f32")?;
     let correction = |beta: f64| 1.0 - beta.powf(a.step as f64);
-    let settings = [
-        1.0 - a.lr * a.weight_decay,
-        a.lr / correction(a.beta1),
-        1.0 / correction(a.beta2),
-        a.beta1,
-        a.beta2,
-        a.eps,
-    ]
-    .map(|x| u64::from((x as f32).to_bits()));
+    let settings =
+        [1.0 - a.lr * a.weight_decay, a.lr / correction(a.beta1), 1.0 / correction(a.beta2), a.beta1, a.beta2, a.eps]
+            .map(|x| u64::from((x as f32).to_bits()));
     let packed = [settings[0] | settings[1] << 32, settings[2] | settings[3] << 32, settings[4] | settings[5] << 32];
     let args = [
         Arg::Tensor(high),

@@ -176,7 +176,8 @@ impl ChunkDecay {
         let n = states.size()[0] - 1;
         if states.device().is_cuda() && matches!(self, Self::None) {
             let kind = states.kind();
-            let sums = if reverse { states.f_flip([0])?.f_cumsum(0, kind)?.f_flip([0])? } else { states.f_cumsum(0, kind)? };
+            let sums =
+                if reverse { states.f_flip([0])?.f_cumsum(0, kind)?.f_flip([0])? } else { states.f_cumsum(0, kind)? };
             states.shallow_clone().f_copy_(&sums)?;
             return Ok(());
         }

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 pub use error::{Error, Result};
 pub use raw::{Origin, RawConfig};
 pub use sections::{
-    CheckpointConfig, DataConfig, DataKind, DecayKind, DeviceKind, Dtype, LayerKind, LayoutKind, ModelConfig, OptimizerConfig,
-    ParallelConfig, SampleConfig, TrainConfig,
+    CheckpointConfig, DataConfig, DataKind, DecayKind, DeviceKind, Dtype, LayerKind, LayoutKind, ModelConfig,
+    OptimizerConfig, ParallelConfig, SampleConfig, TrainConfig,
 };
 
 use crate::sequence::method;

@@ -63,7 +63,7 @@ impl Dtype {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceKind {
-    /// A GPU where there is one.
+    /// A GPU where every rank of a node can have one.
     Auto,
     Cpu,
     /// An NVIDIA GPU.
@@ -205,7 +205,7 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Element type of parameters and activations. Default "f32".
     pub dtype: Dtype,
-    /// What ranks compute on: "cpu", "cuda", or "auto", which is a GPU where there is one. Default "auto".
+    /// What ranks compute on: "cpu", "cuda", or "auto", which is a GPU where every rank of a node can have one. Default "auto".
     pub device: DeviceKind,
     /// Dense bf16 TFLOP/s of one device, of which the MFU is a share; 0: known for A100, H100 and H200, else no MFU. Default 0.
     pub peak_tflops: f64,

@@ -153,7 +153,8 @@ pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &
         (saved.inputs().q, saved.inputs().k) = (by_heads(&block::silu(&q)?)?, by_heads(&block::silu(&k)?)?);
         let back = linear::backward(&shard, layer.mixer.as_ref(), saved, &d_o).map_err(|e| e.into_kernels())?.grads;
         drop((d_o, v));
-        let (dq, dk) = (block::silu_backward(&q, rows_of(back.dq, d)?)?, block::silu_backward(&k, rows_of(back.dk, d)?)?);
+        let (dq, dk) =
+            (block::silu_backward(&q, rows_of(back.dq, d)?)?, block::silu_backward(&k, rows_of(back.dk, d)?)?);
         drop((q, k));
         let dv = rows_of(back.dv, d)?;
 

@@ -56,14 +56,7 @@ impl AdamW {
 
     /// [`AdamW::step`] by `scale` times `grad`, which may be of the kind of the parameters too and is of no use afterwards.
     /// Returns the norm as a scalar on the device: on a GPU nothing here waits for it.
-    pub fn update(
-        &mut self,
-        params: &mut Params,
-        grad: &mut Tensor,
-        scale: f64,
-        lr: f64,
-        step: u64,
-    ) -> Result<Tensor> {
+    pub fn update(&mut self, params: &mut Params, grad: &mut Tensor, scale: f64, lr: f64, step: u64) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
         let OptimizerConfig { beta1, beta2, eps, clip, weight_decay, .. } = self.config;
         if let Master::Low(low) = &self.master {

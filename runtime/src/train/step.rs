@@ -53,13 +53,7 @@ impl Trainer {
     }
 
     /// A trainer on a device.
-    pub fn on(
-        device: Device,
-        mesh: Mesh,
-        config: Config,
-        source: Source,
-        validation: Option<Source>,
-    ) -> Result<Self> {
+    pub fn on(device: Device, mesh: Mesh, config: Config, source: Source, validation: Option<Source>) -> Result<Self> {
         let kind = config.train.dtype.kind();
         let model = Model::new(&config.model, kind, config.train.seed, device)?;
         let optimizer = AdamW::new(config.optimizer.clone(), &model.params)?;

@@ -38,7 +38,8 @@ impl Backward {
     pub fn new(x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor, scale: f64) -> Result<Self> {
         let (dk, dv) = (x.k.size()[3], x.v.size()[3]);
         let call = call(x)?;
-        let sums = |reverse| parts(dk, dv).into_iter().map(|p| Sums::new(&call, p, reverse)).collect::<Result<Vec<_>>>();
+        let sums =
+            |reverse| parts(dk, dv).into_iter().map(|p| Sums::new(&call, p, reverse)).collect::<Result<Vec<_>>>();
         let (states, grads) = (sums(false)?, sums(true)?);
         Ok(Self {
             q: tiles(&x.q)?,
@@ -116,10 +117,10 @@ impl Backward {
 
     /// The gradients of the states at the segments' ends, `exit` included.
     fn exits(&mut self) -> Result<Vec<Tensor>> {
-        if self.exit.is_none() {
-            if let Some((_, exits)) = self.summed.take() {
-                return Ok(exits);
-            }
+        if self.exit.is_none()
+            && let Some((_, exits)) = self.summed.take()
+        {
+            return Ok(exits);
         }
         let mut exits = Vec::new();
         for sums in &mut self.grads {
@@ -173,7 +174,7 @@ impl BackwardSegment for Backward {
         let dk = Tensor::f_empty(self.k.size(), (Kind::BFloat16, device))?;
         let dv = Tensor::f_empty(self.v.size(), (Kind::BFloat16, device))?;
         let dlog_decay = if self.decay_grad { Some(self.call.empty(&[b, t, h])?) } else { None };
-        for i in 0..self.grads.len() {
+        for (i, exits) in exits.iter().enumerate() {
             let part = self.grads[i].part;
             let of_tokens = || if self.decay_grad { self.call.empty(&[b, h, t]).map(Some) } else { Ok(None) };
             let (keys, pairs) = (of_tokens()?, of_tokens()?);
@@ -187,7 +188,7 @@ impl BackwardSegment for Backward {
                     out: Out { to: &part.values(&dv)?, add: part.k.0 > 0 },
                     x2: Some(&part.values(&self.v)?),
                     out2: Some(Out { to: &part.keys(&dk)?, add: part.v.0 > 0 }),
-                    entries: &exits[i],
+                    entries: exits,
                     transposed: false,
                     ends: self.exit.is_some(),
                     scale: self.scale,
@@ -196,11 +197,13 @@ impl BackwardSegment for Backward {
                     pairs: pairs.as_ref(),
                 },
             )?;
-            if let (Some(out), Some(of_queries), Some(keys), Some(pairs)) = (&dlog_decay, &queries.dots[i], &keys, &pairs) {
+            if let (Some(out), Some(of_queries), Some(keys), Some(pairs)) =
+                (&dlog_decay, &queries.dots[i], &keys, &pairs)
+            {
                 let end = self.end_state(i)?;
                 let states = (&queries.entries[i], end.as_ref());
                 let dots = Dots { queries: of_queries, keys, pairs };
-                self.call.decay_gradient(&dots, states, &exits[i], out, i > 0)?;
+                self.call.decay_gradient(&dots, states, exits, out, i > 0)?;
             }
         }
         Ok(Grads { dq: queries.dq, dk, dv, dlog_decay })

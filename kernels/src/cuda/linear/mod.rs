@@ -14,8 +14,8 @@ use tch::{Device, Kind, Tensor};
 use super::gpu;
 use crate::linear::{BackwardSegment, Decay, ForwardSegment, Inputs, StateMixer, Transition};
 use crate::{Error, Result};
-pub use passes::{LINEAR, Variant};
 use passes::{Call, WIDEST, tileable};
+pub use passes::{LINEAR, Variant};
 
 /// Whether the kernels take these inputs: bf16 on compute capability 9.0, sizes that are multiples of 8, no decay per channel.
 pub fn supports(x: &Inputs) -> bool {
@@ -56,7 +56,11 @@ impl<M: StateMixer> StateMixer for Fused<M> {
         if supports(x) && self.scale() != 0.0 {
             let expected = x.v.size();
             if d_o.size() != expected {
-                return Err(Error::Shape { tensor: "do", found: d_o.size(), expected: format!("that of v, {expected:?}") });
+                return Err(Error::Shape {
+                    tensor: "do",
+                    found: d_o.size(),
+                    expected: format!("that of v, {expected:?}"),
+                });
             }
             Ok(Box::new(backward::Backward::new(x, entry, d_o, self.scale())?))
         } else {

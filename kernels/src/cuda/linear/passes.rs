@@ -45,7 +45,13 @@ fn blocks(channels: i64) -> i64 {
 
 impl Variant {
     fn stages(&self) -> i64 {
-        if self.late { 4 } else if self.dual || self.dots { 2 } else { 3 }
+        if self.late {
+            4
+        } else if self.dual || self.dots {
+            2
+        } else {
+            3
+        }
     }
 
     pub fn defines(&self) -> Vec<String> {
@@ -136,7 +142,8 @@ impl Params {
 pub fn tileable(x: &Tensor) -> bool {
     let (sizes, strides) = (x.size(), x.stride());
     let row = strides[3] == 1 || sizes[3] == 1;
-    row && x.data_ptr() as usize % 16 == 0 && (0..3).all(|i| sizes[i] == 1 || (strides[i] > 0 && strides[i] % 8 == 0))
+    row && (x.data_ptr() as usize).is_multiple_of(16)
+        && (0..3).all(|i| sizes[i] == 1 || (strides[i] > 0 && strides[i] % 8 == 0))
 }
 
 fn tile_map(x: &Tensor) -> Result<TileMap> {

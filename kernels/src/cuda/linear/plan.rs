@@ -53,7 +53,8 @@ struct Tables {
 /// How many blocks of threads for `chains` of `chunks` each: all multiprocessors, or a little fewer where the heads then
 /// run through the same tokens side by side, which memory likes (3 to 5 % on an H200).
 fn blocks(most: i64, chains: i64, chunks: i64) -> i64 {
-    let even = if chains < most { most / chains * chains } else { (1..=most).rev().find(|n| chains % n == 0).unwrap_or(1) };
+    let even =
+        if chains < most { most / chains * chains } else { (1..=most).rev().find(|n| chains % n == 0).unwrap_or(1) };
     let blocks = if even * 20 >= most * 19 { even } else { most };
     blocks.min(chains * chunks).max(1)
 }
@@ -139,7 +140,9 @@ mod tests {
     /// Every token of every head once, in order; equal work; flags and neighbours as the kernels read them.
     #[test]
     fn segments_cover_all_tokens_in_order() {
-        for (b, t, h, most) in [(1, 16384, 16, 132), (2, 1000, 3, 132), (1, 1, 1, 132), (3, 65, 50, 7), (1, 640, 200, 132)] {
+        for (b, t, h, most) in
+            [(1, 16384, 16, 132), (2, 1000, 3, 132), (1, 1, 1, 132), (3, 65, 50, 7), (1, 640, 200, 132)]
+        {
             let x = tables(b, t, h, most);
             let chunks = (t + CHUNK - 1) / CHUNK;
             assert!(x.first.len() as i64 <= most + 1);
