@@ -51,6 +51,8 @@ pub struct Setting {
     pub memory: u64,
     /// The network, if it is emulated.
     pub network: Option<String>,
+    /// Whether to measure the kernels of the host once and at few sizes.
+    pub quick: bool,
 }
 
 /// A machine, and the measurements behind it as lines to read.
@@ -69,7 +71,7 @@ pub fn calibrate(world: &Group, setting: &Setting) -> Result<Calibration> {
     let mut measured = Vec::new();
     let network = network(world, setting.node, &mut measured)?;
     let (compute, memory) = kernels(world, setting, &mut measured)?;
-    let host = Some(Host { network: setting.network.clone(), ..host::host(world, &mut measured)? });
+    let host = Some(Host { network: setting.network.clone(), ..host::host(world, setting.quick, &mut measured)? });
     let machine = Machine {
         name: setting.name.clone(),
         gpus_per_node: setting.node.min(world.size()),
@@ -243,8 +245,11 @@ fn kernels(world: &Group, setting: &Setting, measured: &mut Vec<String>) -> Resu
         1e9 * adam,
         1e9 * modelled
     ));
+    // Of a core: more ranks than cores have measured shares of it.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let shared = (world.size() as f64 / cores as f64).max(1.0);
     let compute = Compute {
-        peak_tflops: peak / 1e12,
+        peak_tflops: shared * peak / 1e12,
         matmul_efficiency: projection / peak,
         linear_efficiency: tensors / bandwidth / linear,
         channel_decay_factor: decayed / linear,
@@ -253,7 +258,7 @@ fn kernels(world: &Group, setting: &Setting, measured: &mut Vec<String>) -> Resu
     };
     let ranks = setting.node.clamp(1, world.size()) as f64;
     let memory = Memory {
-        bandwidth_gbps: bandwidth / 1e9,
+        bandwidth_gbps: shared * bandwidth / 1e9,
         optimizer_efficiency: modelled / adam,
         capacity_gb: setting.memory as f64 / ranks / 1e9,
         reserved_gb: 0.1,

@@ -41,21 +41,25 @@ const COLD: i64 = 12 << 20;
 type Times = Vec<(String, f64)>;
 
 /// Collective over `world`; the same on every rank.
-pub fn host(world: &Group, measured: &mut Vec<String>) -> Result<Host> {
+pub fn host(world: &Group, quick: bool, measured: &mut Vec<String>) -> Result<Host> {
     let _guard = tch::no_grad_guard();
     let cores = thread::available_parallelism().map_or(1, Into::into);
     let cold = Tensor::f_ones([COLD], F32)?;
     let among = tch::get_num_threads();
+    // No more ranks at once than there are cores.
+    let busy = world.rank() < cores;
+    let group = world.split("kernels", usize::from(busy), world.rank())?;
+    let (jobs, rounds) = if quick { (jobs(2), 1) } else { (jobs(usize::MAX), RUNS) };
     // All ranks at once with their share of the cores; rank 0 with as much while the others wait; and with all cores.
     let settings = [(among, false), (among, true), (cores as i32, true)];
-    let mut ranks: Vec<Ranks> =
-        settings.map(|(threads, alone)| Ranks { world, alone, threads, cold: &cold, jobs: vec![] }).into();
-    ranks[0].jobs = jobs();
-    ranks[1].jobs =
-        vec![Job { size: ALONE, of: Box::new(|ranks, size| segment(ranks, size, DecayKind::None)), runs: vec![] }];
-    ranks[2].jobs = if cores as i32 > among { jobs() } else { vec![] };
+    let mut ranks: Vec<Ranks> = settings
+        .map(|(threads, alone)| Ranks { world, group: &group, busy, alone, threads, cold: &cold, jobs: vec![] })
+        .into();
+    ranks[2].jobs = if cores as i32 > among { jobs.clone() } else { vec![] };
+    ranks[0].jobs = jobs;
+    ranks[1].jobs = vec![Job { size: ALONE, of: |ranks, size| segment(ranks, size, DecayKind::None), runs: vec![] }];
     // Again and again, so that a disturbance of some seconds does not spoil all runs of a kernel.
-    for run in 0..RUNS + 1 {
+    for run in 0..rounds + 1 {
         for ranks in &mut ranks {
             tch::set_num_threads(ranks.threads);
             let done = ranks.run(run > 0);
@@ -94,6 +98,9 @@ pub fn host(world: &Group, measured: &mut Vec<String>) -> Result<Host> {
 /// Who measures: all ranks at once, or rank 0 while the others wait.
 struct Ranks<'a> {
     world: &'a Group,
+    /// Those that measure at once, of which this rank may be one.
+    group: &'a Group,
+    busy: bool,
     alone: bool,
     threads: i32,
     cold: &'a Tensor,
@@ -101,9 +108,10 @@ struct Ranks<'a> {
 }
 
 /// A kernel at a size, and what its parts took on this rank.
+#[derive(Clone)]
 struct Job {
     size: i64,
-    of: Box<dyn Fn(&Ranks, i64) -> Result<Times>>,
+    of: fn(&Ranks, i64) -> Result<Times>,
     runs: Vec<Times>,
 }
 
@@ -112,7 +120,7 @@ impl Ranks<'_> {
     fn ready(&self) -> Result<Laps> {
         let _ = self.cold.f_sum(Kind::Float)?;
         if !self.alone {
-            self.world.barrier()?.wait()?;
+            self.group.barrier()?.wait()?;
         }
         Ok(Laps(Instant::now()))
     }
@@ -120,7 +128,7 @@ impl Ranks<'_> {
     /// All jobs once.
     fn run(&mut self, counts: bool) -> Result<()> {
         let mut jobs = std::mem::take(&mut self.jobs);
-        if !self.alone || self.world.rank() == 0 {
+        if self.world.rank() == 0 || (self.busy && !self.alone) {
             for job in &mut jobs {
                 let times = (job.of)(self, job.size)?;
                 if counts {
@@ -141,7 +149,9 @@ impl Ranks<'_> {
                 seconds.sort_by(f64::total_cmp);
                 let mine = seconds.get(seconds.len() / 2).copied().unwrap_or(0.0);
                 let sum = self.world.all_reduce(&Tensor::f_from_slice(&[mine])?, Reduce::Sum)?.wait()?;
-                let ranks = if self.alone { 1.0 } else { self.world.size() as f64 };
+                let count =
+                    self.world.all_reduce(&Tensor::f_from_slice(&[f64::from(!job.runs.is_empty())])?, Reduce::Sum)?;
+                let ranks = count.wait()?.double_value(&[0]).max(1.0);
                 let us = (1e6 * sum.double_value(&[0]) / ranks).max(1e-3);
                 match kernels.iter_mut().find(|kernel| kernel.name == name) {
                     Some(kernel) => {
@@ -170,10 +180,11 @@ fn names(times: Option<&Times>, world: &Group) -> Result<Vec<String>> {
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-fn jobs() -> Vec<Job> {
+/// At so many sizes of each kernel.
+fn jobs(most: usize) -> Vec<Job> {
     let mut jobs = Vec::new();
     let mut add = |sizes: &[i64], of: fn(&Ranks, i64) -> Result<Times>| {
-        jobs.extend(sizes.iter().map(|&size| Job { size, of: Box::new(of), runs: vec![] }));
+        jobs.extend(sizes.iter().take(most).map(|&size| Job { size, of, runs: vec![] }));
     };
     add(COPIES, copies);
     add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::None));

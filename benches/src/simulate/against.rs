@@ -88,7 +88,9 @@ fn pooled(rows: Vec<Compared>) -> Vec<Compared> {
     };
     let mut rows: Vec<Compared> = all.into_iter().map(one).collect();
     let mixer = |row: &Compared| row.mixer == Mixer::Softmax;
-    rows.sort_by(|a, b| a.network.cmp(&b.network).then(mixer(a).cmp(&mixer(b))));
+    rows.sort_by(|a, b| {
+        a.network.cmp(&b.network).then(mixer(a).cmp(&mixer(b))).then(a.sizes.decay.cmp(&b.sizes.decay))
+    });
     rows
 }
 
@@ -178,15 +180,19 @@ pub fn markdown(machine: &Machine, rows: &[Compared]) -> String {
             machine.name, host.cores, host.alone, host.wake_us, host.wake_busy_us
         );
     }
-    let mut network: Option<&Option<String>> = None;
-    for row in rows {
-        if network != Some(&row.network) {
-            network = Some(&row.network);
+    let conditions = |row: &Compared| (row.network.clone(), row.mixer == Mixer::Softmax, row.sizes.decay.clone());
+    for (at, row) in rows.iter().enumerate() {
+        if at == 0 || conditions(&rows[at - 1]) != conditions(row) {
             let name = row.network.as_deref().unwrap_or("none, memory of one machine");
+            let decay = if row.mixer == Mixer::Linear { format!(", decay {}", row.sizes.decay) } else { String::new() };
+            let of: Vec<Compared> = rows.iter().filter(|other| conditions(other) == conditions(row)).cloned().collect();
             let _ = writeln!(
                 text,
-                "\nNetwork: `{name}`. Times in ms: forward + backward.\n\n\
-                 | method | ranks | tokens | measured | predicted | error |\n|---|---:|---:|---:|---:|---:|"
+                "\n{} attention{decay}, network `{name}`: {} rows, median error {:.1} %. Times in ms: forward + backward.\n\n\
+                 | method | ranks | tokens | measured | predicted | error |\n|---|---:|---:|---:|---:|---:|",
+                if row.mixer == Mixer::Linear { "Linear" } else { "Softmax" },
+                of.len(),
+                100.0 * errors(&of)[0]
             );
         }
         let _ = writeln!(
@@ -209,6 +215,7 @@ pub fn markdown(machine: &Machine, rows: &[Compared]) -> String {
 mod tests {
     use super::*;
 
+    const HELD_OUT: &str = include_str!("../../runs/2026-11-24-epyc-2core/predicted/held-out.jsonl");
     const MEASURED: &str = include_str!("../../runs/2026-11-24-epyc-2core/predicted/results.jsonl");
 
     #[test]
@@ -216,6 +223,8 @@ mod tests {
         let rows = against(&Machine::load("epyc-2core").unwrap(), MEASURED).unwrap();
         let [median, largest] = errors(&rows);
         assert!(median < 0.1 && largest < 0.25, "{median} {largest}");
+        let [held_out, _] = errors(&against(&Machine::load("epyc-2core").unwrap(), HELD_OUT).unwrap());
+        assert!(held_out < 0.1, "{held_out}");
         // Every method, on 1, 2, 4 and 8 ranks, on both networks.
         let mut methods: Vec<&str> = rows.iter().map(|row| row.method.as_str()).collect();
         methods.sort_unstable();

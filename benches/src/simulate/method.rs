@@ -107,6 +107,8 @@ fn linear(part: &str) -> Option<(Linear, bool)> {
     for word in words {
         match word.split_once('=') {
             None if word == "released" && !released => released = true,
+            // How far decays reach depends on the data: the whole gather is the most that it takes.
+            None if word == "truncate" && name == "lasp2" => {}
             Some((key, value)) if number.is_none() => number = Some((key, value.parse().ok().filter(|n| *n > 0)?)),
             _ => return None,
         }
@@ -141,12 +143,21 @@ mod tests {
         assert_eq!(Method::parse("ring zigzag").unwrap().layout, Some(LayoutKind::Zigzag));
         let method = Method::parse("ulysses").unwrap();
         assert_eq!((method.linear, method.softmax), (Linear::Lasp2 { splits: 1 }, Softmax::Ulysses));
+        assert_eq!(Method::parse("lasp2:truncate").unwrap().linear, Linear::Lasp2 { splits: 1 });
         for known in LINEAR.iter().chain(SOFTMAX) {
             Method::parse(&known.replace('N', "4")).unwrap();
         }
-        for wrong in
-            ["", "lasp3", "lasp2:splits=0", "lasp2:node=4", "lasp1:splits=2", "lasp2+lasp1", "ring@spiral", "lasp2:4"]
-        {
+        for wrong in [
+            "",
+            "lasp3",
+            "lasp2:splits=0",
+            "lasp2:node=4",
+            "lasp1:splits=2",
+            "lasp2+lasp1",
+            "ring@spiral",
+            "lasp2:4",
+            "lasp1:truncate",
+        ] {
             let message = Method::parse(wrong).unwrap_err().to_string();
             assert!(message.contains("all_scan:blocks=N") && message.contains("ulysses"), "{wrong}: {message}");
         }

@@ -71,11 +71,13 @@ impl Timeline {
         let free = |rank: usize| ready[rank].max(self.outgoing[rank]).max(self.incoming[rank]);
         let start = ranks.clone().map(free).fold(0.0, f64::max);
         let end = start + seconds;
+        // Groups side by side hold up the background together as long as one of all ranks.
+        let share = ranks.len() as f64 / self.ranks() as f64;
         for rank in ranks {
             (self.outgoing[rank], self.incoming[rank]) = (end, end);
             self.received[rank] += bytes;
         }
-        self.give_way(start, seconds);
+        self.give_way(start, share * seconds);
         end
     }
 
@@ -168,7 +170,10 @@ mod tests {
         timeline.in_background(0.0, 10.0);
         timeline.collective(0..2, &[1.0; 2], 3.0, 0.0);
         assert_eq!(timeline.background(), 13.0);
+        timeline.collective(0..1, &[6.0; 2], 3.0, 0.0);
+        timeline.collective(1..2, &[6.0; 2], 3.0, 0.0);
+        assert_eq!(timeline.background(), 16.0);
         timeline.collective(0..2, &[20.0; 2], 3.0, 0.0);
-        assert_eq!(timeline.background(), 13.0);
+        assert_eq!(timeline.background(), 16.0);
     }
 }

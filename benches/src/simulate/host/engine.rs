@@ -161,7 +161,7 @@ impl Run {
         let until = match kind {
             Kind::Work { thread, seconds } => return self.enqueue(thread, id, seconds),
             Kind::Time { seconds } => self.now + seconds,
-            Kind::Wake => self.now + self.cores.wake[usize::from(self.running.len() >= self.cores.number)],
+            Kind::Wake => self.now + self.cores.wake[usize::from(self.busy() >= self.cores.number)],
             Kind::Message { from, to, latency, passing } => {
                 if self.links.len() <= from.max(to) {
                     self.links.resize(from.max(to) + 1, [0.0; 2]);
@@ -193,11 +193,11 @@ impl Run {
         let least = awake.fold(f64::INFINITY, f64::min);
         let woken = &mut self.threads[thread];
         woken.left = seconds;
+        let had = woken.had;
         if least.is_finite() {
             woken.had = woken.had.max(least);
         }
         woken.until = woken.had + self.cores.slice;
-        let had = woken.had;
         if self.running.len() < self.cores.number {
             return self.running.push(thread);
         }
@@ -209,6 +209,11 @@ impl Run {
             }
             None => self.waiting.push(thread),
         }
+    }
+
+    /// Cores that are at work.
+    fn busy(&self) -> usize {
+        self.running.iter().filter(|&&thread| !self.threads[thread].tasks.is_empty()).count()
     }
 
     /// What the thread at a place of `running` has had.
@@ -243,7 +248,7 @@ impl Run {
 
     /// Up to the next moment at which something happens; tasks that end go to `done`. Whether anything is left.
     fn advance(&mut self, done: &mut Vec<Id>) -> bool {
-        let speed = if self.running.len() == 1 { self.cores.alone } else { 1.0 };
+        let speed = if self.busy() == 1 { self.cores.alone } else { 1.0 };
         let contended = !self.waiting.is_empty();
         let until = |&thread: &usize| {
             let Thread { left, had, until, .. } = &self.threads[thread];
@@ -278,7 +283,7 @@ impl Run {
             }
             if over {
                 let until = self.threads[self.running[place]].until;
-                if self.next().is_some_and(|next| self.threads[self.waiting[next]].until < until) {
+                if self.next().is_some_and(|next| self.threads[self.waiting[next]].until <= until) {
                     self.waiting.push(self.running.remove(place));
                 }
             }
@@ -303,6 +308,7 @@ mod tests {
 
     #[test]
     fn threads_share_the_cores_in_slices() {
+        // Two at a time, then the other two; at last one alone.
         for (slice, expected) in [(0.25, [1.75, 1.75, 2.0, 4.0]), (9.0, [1.0, 1.0, 2.0, 4.0])] {
             let mut engine = Engine::default();
             for (thread, seconds) in [1.0, 1.0, 1.0, 3.0].into_iter().enumerate() {
@@ -329,7 +335,9 @@ mod tests {
     #[test]
     fn a_thread_that_slept_goes_before_those_that_worked() {
         let mut engine = Engine::default();
-        (0..2).for_each(|thread| drop(engine.work(thread, 4.0, &[])));
+        for thread in 0..2 {
+            engine.work(thread, 4.0, &[]);
+        }
         let later = engine.time(1.0, &[]);
         engine.work(2, 0.5, &[later]);
         let ends = engine.run(Cores { slice: 9.0, ..TWO });

@@ -285,7 +285,7 @@ pub fn operator(
         return Err(Error::Point { gpus: ranks, seq_len: tokens });
     }
     let sizes = Sizes::new(config, method.layout.unwrap_or(config.parallel.layout), ranks, tokens);
-    if softmax && method.softmax == Softmax::Ulysses && config.model.heads as usize % ranks != 0 {
+    if softmax && method.softmax == Softmax::Ulysses && !(config.model.heads as usize).is_multiple_of(ranks) {
         return Err(Error::Ulysses { heads: config.model.heads as usize, ranks });
     }
     let mut seconds = [0.0; 2];

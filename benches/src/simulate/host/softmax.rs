@@ -178,8 +178,8 @@ impl Attend<'_, '_> {
             }
             let mut leaving = vec![None; w];
             if backward && step > 0 {
-                for rank in 0..w {
-                    if let Some(earlier) = sums[rank] {
+                for (rank, earlier) in sums.iter().enumerate() {
+                    if let Some(earlier) = *earlier {
                         self.ranks.wait(rank, earlier);
                         self.ranks.compute(rank, self.host.add(bytes)?);
                     }

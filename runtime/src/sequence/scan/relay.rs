@@ -70,27 +70,33 @@ struct Relay {
     transitions: Transitions,
 }
 
+/// Messages that have been issued.
+struct UnderWay {
+    /// Block by block, segment by segment.
+    coming: Vec<Pending<Tensor>>,
+    sent: Vec<Pending<()>>,
+}
+
 impl Relay {
     /// Posts every receive, and sends what depends on none.
-    fn start(&self) -> Result<(Vec<Pending<Tensor>>, Vec<Pending<()>>)> {
-        let (mut coming, mut sent) = (Vec::new(), Vec::new());
+    fn start(&self) -> Result<UnderWay> {
+        let mut under_way = UnderWay { coming: vec![], sent: vec![] };
         for Step { segment, state, from, to, .. } in &self.steps {
             for block in &self.blocks {
                 let own = narrow(state, block)?;
                 if let Some(from) = from {
-                    coming.push(self.group.recv(&own.size(), own.kind(), *from)?);
+                    under_way.coming.push(self.group.recv(&own.size(), own.kind(), *from)?);
                 }
                 if let Some(to) = to.filter(|_| !self.chain.links[*segment].through) {
-                    sent.push(self.group.send(&own, to)?);
+                    under_way.sent.push(self.group.send(&own, to)?);
                 }
             }
         }
-        Ok((coming, sent))
+        Ok(under_way)
     }
 
     fn run(self) -> Result<(Entries, Transitions)> {
-        let (coming, mut sent) = self.start()?;
-        // In the order of the receives.
+        let UnderWay { coming, mut sent } = self.start()?;
         let mut coming = coming.into_iter();
         let mut entries: Entries = self.steps.iter().map(|_| None).collect();
         // What one segment of this rank hands to its next, with no other rank's between.
