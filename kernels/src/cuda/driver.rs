@@ -33,6 +33,10 @@ unsafe impl Send for Function {}
 // SAFETY: as above.
 unsafe impl Sync for Function {}
 
+/// A place in a stream, with its time. Never destroyed: a timer has two for the life of the process.
+#[derive(Clone, Copy, Debug)]
+pub struct Event(*mut c_void);
+
 /// What a device is asked for; the numbers are CUdevice_attribute's.
 #[derive(Clone, Copy, Debug)]
 pub enum Attribute {
@@ -98,6 +102,10 @@ calls! {
         *mut c_void, c_int, c_uint, *mut c_void, *const u64, *const u64, *const c_uint, *const c_uint,
         c_int, c_int, c_int, c_int
     );
+    event_create = b"cuEventCreate" (*mut *mut c_void, c_uint);
+    event_record = b"cuEventRecord" (*mut c_void, *mut c_void);
+    event_synchronize = b"cuEventSynchronize" (*mut c_void);
+    event_elapsed = b"cuEventElapsedTime" (*mut f32, *mut c_void, *mut c_void);
     launch_kernel = b"cuLaunchKernel" (
         *mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void, *mut *mut c_void
     );
@@ -227,6 +235,30 @@ impl Driver {
             (self.launch_kernel)(function.0, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), none)
         };
         self.check("cuLaunchKernel", status)
+    }
+
+    /// In the current context.
+    pub fn event(&self) -> Result<Event> {
+        let mut event = std::ptr::null_mut();
+        // SAFETY: writes one pointer.
+        self.check("cuEventCreate", unsafe { (self.event_create)(&mut event, 0) })?;
+        Ok(Event(event))
+    }
+
+    /// Records `event` on a stream of libtorch's.
+    pub fn record(&self, event: Event, stream: *mut c_void) -> Result<()> {
+        // SAFETY: an event that is never destroyed; the driver checks the stream.
+        self.check("cuEventRecord", unsafe { (self.event_record)(event.0, stream) })
+    }
+
+    /// Milliseconds between two recorded events, once the second has come.
+    pub fn elapsed(&self, from: Event, to: Event) -> Result<f64> {
+        let mut ms = 0.0;
+        // SAFETY: events that are never destroyed.
+        self.check("cuEventSynchronize", unsafe { (self.event_synchronize)(to.0) })?;
+        // SAFETY: as above; writes one float.
+        self.check("cuEventElapsedTime", unsafe { (self.event_elapsed)(&mut ms, from.0, to.0) })?;
+        Ok(f64::from(ms))
     }
 
     /// Tiles of 64 tokens by 64 channels of a bf16 tensor `[B, T, H, D]` at `address`, with the 128-byte swizzle; zeros beyond

@@ -19,7 +19,7 @@ use tch::{Device, Tensor};
 
 pub use cache::keep_in;
 pub use driver::Launch;
-use driver::{Attribute, Context, Function, Module, driver};
+use driver::{Attribute, Context, Event, Function, Module, driver};
 
 use crate::{Error, Result};
 
@@ -230,6 +230,36 @@ impl Kernel {
         let stream = crate::bridge::current_stream(self.gpu.index)?;
         // SAFETY: as the caller promises; `values` outlives the call.
         driver.within(self.gpu.context, || unsafe { driver.launch(self.function, launch, stream, &mut pointers) })
+    }
+}
+
+/// Times work on libtorch's current stream of a device by the device's own clock.
+pub struct Stopwatch {
+    gpu: Gpu,
+    events: [Event; 2],
+}
+
+impl Stopwatch {
+    pub fn new(device: Device) -> Result<Self> {
+        let (gpu, driver) = (gpu(device)?, driver()?);
+        let events = driver.within(gpu.context, || Ok([driver.event()?, driver.event()?]))?;
+        Ok(Self { gpu, events })
+    }
+
+    /// Milliseconds from when the device gets to what `body` enqueues until it is through with it.
+    pub fn time<E: From<Error>>(
+        &self,
+        body: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<f64, E> {
+        let driver = driver()?;
+        let record = |event| {
+            let stream = crate::bridge::current_stream(self.gpu.index)?;
+            driver.within(self.gpu.context, || driver.record(event, stream))
+        };
+        record(self.events[0])?;
+        body()?;
+        record(self.events[1])?;
+        Ok(driver.within(self.gpu.context, || driver.elapsed(self.events[0], self.events[1]))?)
     }
 }
 
