@@ -89,6 +89,8 @@ fn run(test: &Test) -> Result<(), String> {
     let rank = |rank: usize| {
         let mut command = Command::new(&program);
         command.args(["rank", &rank.to_string(), &test.ranks.to_string(), &port.to_string()]).args(test.told);
+        // As `kernels::bridge::open_cuda` has it.
+        command.env("CUDA_DEVICE_MAX_CONNECTIONS", "32");
         command
     };
     let end = launcher::job((0..test.ranks).map(rank).collect())?;

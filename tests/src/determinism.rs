@@ -9,9 +9,9 @@ use kernels::linear::Inputs;
 use kernels::linear::chunkwise::Chunkwise;
 use runtime::config::LayoutKind;
 use runtime::sequence::{LinearMethod, Shard, attention, linear, method};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::{LAYOUTS, Scans, Sizes, plan, randn, scans};
+use crate::{LAYOUTS, Scans, Sizes, plan, randn, scans, share};
 
 const SCALE: f64 = 0.3;
 const RUNS: usize = 3;
@@ -22,15 +22,15 @@ struct Found {
     tensors: Vec<Tensor>,
 }
 
-/// Runs every method on every rank of `group` again and again, each time another rank coming late, and once on as many threads.
-/// An error where a bit differs.
+/// Runs every method on every rank of `group` again and again, each time another rank coming late, and on the CPU once on as
+/// many threads. An error where a bit differs.
 pub fn check(group: &Group) -> Result<()> {
     let scans = scans(group)?;
     let first = all(group, &scans, 0)?;
     for run in 1..RUNS {
         same(&first, &all(group, &scans, run)?, group, "another run")?;
     }
-    if group.backend() != "local" {
+    if group.device() == Device::Cpu && group.backend() != "local" {
         let threads = local::run(group.size(), |group| all(&group, &crate::scans(&group)?, 0))?;
         same(&first, &threads[group.rank()], group, "ranks as threads")?;
     }
@@ -42,7 +42,7 @@ fn same(ours: &[Found], theirs: &[Found], group: &Group, what: &str) -> Result<(
     for (ours, theirs) in ours.iter().zip(theirs) {
         let equal = ours.tensors.len() == theirs.tensors.len()
             && ours.tensors.iter().zip(&theirs.tensors).all(|(ours, theirs)| ours.equal(theirs));
-        let (name, rank, size, backend) = (&ours.name, group.rank(), group.size(), group.backend());
+        let (name, rank, size, backend) = (&ours.name, group.rank(), group.size(), group.backend_on(group.device()));
         ensure!(equal, "{name}, rank {rank} of {size}, {backend}: other bits than {what}");
     }
     Ok(())
@@ -94,14 +94,14 @@ fn shard(group: &Group, layout: LayoutKind, linear: LinearMethod, attention: &st
 /// This rank's tokens of a tensor.
 fn mine(shard: &Shard, seed: u64, rest: &[i64]) -> Result<Tensor> {
     let whole = randn(seed, &[&[1, shard.plan.layout.tokens()], rest].concat()).to_kind(Kind::Float);
-    Ok(shard.plan.layout.shard(&whole, 1, shard.group.rank())?)
+    share(&shard.group, &shard.plan, &whole)
 }
 
 fn linear_results(group: &Group, layout: LayoutKind, method: LinearMethod, decay: &str) -> Result<Vec<Tensor>> {
     let shard = shard(group, layout, method, "lasp2h")?;
     let Sizes { h, dk, dv, .. } = sizes();
     let log_decay = match decay {
-        "head" => Some(randn(5, &[h]).to_kind(Kind::Float)),
+        "head" => Some(randn(5, &[h]).to_kind(Kind::Float).to_device(group.device())),
         "token" => Some(mine(&shard, 5, &[h])?),
         "channel" => Some(mine(&shard, 5, &[h, dk])?),
         _ => None,

@@ -14,7 +14,7 @@ use runtime::sequence::left_product::LeftProduct;
 use runtime::sequence::{LayerSizes, LinearMethod, Shard, linear_attention, method};
 use tch::{Kind, Tensor};
 
-use crate::{LAYOUTS, Sizes, close, leaf, moved, plan, randn, sizes, tolerance};
+use crate::{LAYOUTS, Sizes, close, count_from_here, hold, leaf, moved, plan, randn, share, sizes, tolerance};
 
 const SCALE: f64 = 0.7;
 
@@ -86,20 +86,23 @@ impl LeftProductCase {
             attention: method::attention("lasp2h")?,
         });
         let plan = &shard.plan;
-        let [q, k, v, d_o] = whole.map(|t| plan.layout.shard(&t, 1, group.rank()).expect("a shard"));
+        let [q, k, v, d_o] = whole.map(|t| share(group, plan, &t).expect("a shard"));
+        let decay = decay.map(|g| g.to_device(group.device()));
         let name = |what: &str| {
-            let (rank, size, backend) = (group.rank(), group.size(), group.backend());
+            let (rank, size, backend) = (group.rank(), group.size(), group.backend_on(group.device()));
             format!("{what}, {}, rank {rank} of {size}, {backend} {layout:?}, {}", method.name(), self.name)
         };
 
         let Sizes { b, h, dk, dv, .. } = self.sizes;
         let traffic = method.traffic(plan, &LayerSizes { b, heads: h, kv_heads: h, dk, dv, kind: self.kind });
-        group.recorder().clear();
+        count_from_here(group);
         let forward = method.forward(&shard, Inputs::new(&q, &k, &v, decay.as_ref())?, SCALE)?;
-        assert_eq!(moved(group), traffic.forward, "{}", name("bytes of forward"));
-        group.recorder().clear();
+        let found = moved(group);
+        hold(|| assert_eq!(found, traffic.forward, "{}", name("bytes of forward")));
+        count_from_here(group);
         let grads = method.backward(&shard, forward.saved, &d_o)?;
-        assert_eq!(moved(group), traffic.backward, "{}", name("bytes of backward"));
+        let found = moved(group);
+        hold(|| assert_eq!(found, traffic.backward, "{}", name("bytes of backward")));
 
         let ours = [("o", &forward.o), ("dq", &grads.dq), ("dk", &grads.dk), ("dv", &grads.dv)];
         for ((what, ours), truth) in ours.into_iter().zip(&truth) {
@@ -109,7 +112,7 @@ impl LeftProductCase {
         assert_eq!(grads.dlog_decay.is_some(), decay.is_some(), "{}", name("dlog_decay"));
         if let Some(grad) = &grads.dlog_decay {
             let sum = group.all_reduce(&grad.to_kind(Kind::Double), Reduce::Sum)?.wait()?;
-            assert_close(&name("dlog_decay"), &sum, &truth[4], tolerance);
+            hold(|| assert_close(&name("dlog_decay"), &sum, &truth[4], tolerance));
         }
 
         let mixer: Arc<dyn StateMixer> = Arc::new(Chunkwise::new(16, SCALE)?);
@@ -122,7 +125,7 @@ impl LeftProductCase {
         close(&name("dv of the node"), plan, &v.grad(), &truth[3], 0.0, tolerance)?;
         if let Some(g) = g {
             let sum = group.all_reduce(&g.grad().to_kind(Kind::Double), Reduce::Sum)?.wait()?;
-            assert_close(&name("dlog_decay of the node"), &sum, &truth[4], tolerance);
+            hold(|| assert_close(&name("dlog_decay of the node"), &sum, &truth[4], tolerance));
         }
         Ok(())
     }

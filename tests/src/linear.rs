@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Result;
 use collectives::{Group, Reduce};
+use kernels::cuda::linear::Fused;
 use kernels::linear::chunkwise::Chunkwise;
 use kernels::linear::oracle::Whole;
 use kernels::linear::{Decay, Inputs, StateMixer, accumulation_kind};
@@ -12,9 +13,11 @@ use runtime::config::LayoutKind;
 use runtime::sequence::attention::Lasp2h;
 use runtime::sequence::scan::{Scan, StateSize};
 use runtime::sequence::{LinearMethod, Messages, Shard, linear, linear_attention, linear_full, method};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::{LAYOUTS, Results, Sizes, fits, leaf, moved, plan, randn, sizes, textbook, tolerance};
+use crate::{
+    LAYOUTS, Results, Sizes, count_from_here, fits, hold, leaf, moved, plan, randn, share, sizes, textbook, tolerance,
+};
 
 const SCALE: f64 = 0.7;
 const DECAYS: [&str; 7] = ["none", "head", "token", "channel", "head strong", "token strong", "channel strong"];
@@ -65,20 +68,24 @@ pub fn linear_cases() -> Vec<LinearCase> {
     cases
 }
 
-/// One whole and one packed sequence in bf16, every scan.
-pub fn bf16_linear_cases() -> Vec<LinearCase> {
-    let sizes = |lengths: &[i64], documents| {
-        let tokens = lengths.iter().sum();
-        Sizes { b: 1, tokens, h: 4, kv_heads: 4, dk: 12, dv: 7, documents }
+/// One whole and one packed sequence in bf16, every scan; for a GPU also longer ones with heads that its fused kernels take.
+pub fn bf16_linear_cases(device: Device) -> Vec<LinearCase> {
+    let mut cases = Vec::new();
+    let mut add = |decays: &[&'static str], (dk, dv), lengths: &[i64]| {
+        let packed = lengths.len() > 1;
+        let documents = packed.then(|| lengths.to_vec());
+        let sizes = Sizes { b: 1, tokens: lengths.iter().sum(), h: 4, kv_heads: 4, dk, dv, documents };
+        cases.extend(decays.iter().map(|decay| LinearCase::new(&sizes, decay, Kind::BFloat16, true, packed, true)));
     };
-    let (whole, packed) = (&[45][..], &[3, 25, 1, 0, 11, 5][..]);
-    let each = |decay| {
-        [
-            LinearCase::new(&sizes(whole, None), decay, Kind::BFloat16, true, false, true),
-            LinearCase::new(&sizes(packed, Some(packed.to_vec())), decay, Kind::BFloat16, true, true, true),
-        ]
-    };
-    DECAYS.into_iter().flat_map(each).collect()
+    for lengths in [&[45][..], &[3, 25, 1, 0, 11, 5]] {
+        add(&DECAYS, (12, 7), lengths);
+    }
+    if device.is_cuda() {
+        let scalar = ["none", "head", "token", "head strong", "token strong"];
+        add(&scalar, (64, 64), &[203]);
+        add(&scalar, (32, 128), &[90, 3, 25, 1, 0, 79, 5]);
+    }
+    cases
 }
 
 impl LinearCase {
@@ -147,27 +154,27 @@ impl LinearCase {
         let plan = plan(group, &self.sizes, layout)?;
         let x = self.inputs()?;
         let shard_of = |t: &Tensor| plan.layout.shard(t, 1, group.rank());
+        let mine = |t: &Tensor| share(group, &plan, t);
         let log_decay = match &x.decay {
             Decay::None => None,
-            Decay::Head(g) => Some(g.shallow_clone()),
-            Decay::Token(g) | Decay::Channel(g) => Some(shard_of(g)?),
+            Decay::Head(g) => Some(g.to_device(group.device())),
+            Decay::Token(g) | Decay::Channel(g) => Some(mine(g)?),
         };
-        let (q, k, v) = (shard_of(&x.q)?, shard_of(&x.k)?, shard_of(&x.v)?);
-        let d_o = shard_of(&self.d_o())?;
-        let mine = Inputs::new(&q, &k, &v, log_decay.as_ref())?;
-        let initial = self.initial();
+        let (q, k, v, d_o) = (mine(&x.q)?, mine(&x.k)?, mine(&x.v)?, mine(&self.d_o())?);
+        let inputs = Inputs::new(&q, &k, &v, log_decay.as_ref())?;
+        let initial = self.initial().map(|state| state.to_device(group.device()));
         let shard = Arc::new(Shard {
             group: group.clone(),
             plan: plan.clone(),
             linear: LinearMethod::Scan(scan.clone()),
             attention: Arc::new(Lasp2h::default()),
         });
-        let mixer: Arc<dyn StateMixer> = Arc::new(Chunkwise::new(16, SCALE)?);
+        let mixer: Arc<dyn StateMixer> = Arc::new(Fused::new(Chunkwise::new(16, SCALE)?));
         let truth = self.results(&self.truth, oracle)?;
         // FlashAttention's rule: at most twice the error of the textbook in the same kind.
         let naive = (self.kind == Kind::BFloat16).then(|| self.results(&self.naive, textbook::linear)).transpose()?;
         let name = |what: &str| {
-            let (rank, size, backend) = (group.rank(), group.size(), group.backend());
+            let (rank, size, backend) = (group.rank(), group.size(), group.backend_on(group.device()));
             format!("{what}, {method}, rank {rank} of {size}, {backend} {layout:?}, {}", self.name)
         };
         let close = |what: &str, tensor: &str, ours: &Tensor| -> Result<()> {
@@ -179,7 +186,7 @@ impl LinearCase {
                 Some(naive) => 2.0 * rms(&(of(&naive[tensor])?.to_kind(Kind::Double) - &reference)) / scale,
                 None => tolerance(self.kind),
             };
-            assert_close_at(&name(what), ours, &reference, scale, tolerance);
+            hold(|| assert_close_at(&name(what), ours, &reference, scale, tolerance));
             Ok(())
         };
         let whole_states = |known: Vec<(usize, Tensor)>| -> Result<Tensor> {
@@ -194,23 +201,23 @@ impl LinearCase {
         };
 
         let (o, mut final_state, grads, mut d_initial) = if self.causal {
-            let expected = scan.traffic(&plan.chain, group.rank(), &StateSize::of(&mine));
+            let expected = scan.traffic(&plan.chain, group.rank(), &StateSize::of(&inputs));
             let check = |what: &str, formula: &Messages| {
                 let moved = moved(group);
                 let name = || format!("{}: moved {moved:?}, expected {formula:?}", name(what));
-                assert!(fits(&moved, formula, expected.at_most), "{}", name());
+                hold(|| assert!(fits(&moved, formula, expected.at_most), "{}", name()));
             };
-            group.recorder().clear();
-            let forward = linear::forward(&shard, mixer.as_ref(), mine, initial.as_ref())?;
+            count_from_here(group);
+            let forward = linear::forward(&shard, mixer.as_ref(), inputs, initial.as_ref())?;
             check("forward", &expected.forward);
             let states = whole_states(forward.final_states)?;
-            group.recorder().clear();
+            count_from_here(group);
             let backward = linear::backward(&shard, mixer.as_ref(), forward.saved, &d_o)?;
             check("backward", &expected.backward);
             (forward.o, states, backward.grads, whole_states(backward.initial_state_grads)?)
         } else {
-            let forward = linear_full::forward(&shard, &mine, initial.as_ref(), SCALE)?;
-            let backward = linear_full::backward(&shard, &mine, &forward.states, &d_o, SCALE)?;
+            let forward = linear_full::forward(&shard, &inputs, initial.as_ref(), SCALE)?;
+            let backward = linear_full::backward(&shard, &inputs, &forward.states, &d_o, SCALE)?;
             (forward.o, forward.states, backward.grads, backward.state_grads)
         };
         // An empty document has no rank: its state is what it was given.

@@ -6,14 +6,18 @@ use std::sync::{Arc, Mutex, OnceLock};
 use anyhow::Result;
 use collectives::Group;
 use kernels::softmax::{Tile, oracle};
+use kernels::testing::{assert_close, relative_rms};
 use runtime::config::LayoutKind;
 use runtime::sequence::attention::{Attention, Inputs, Lasp2h};
 use runtime::sequence::{LayerSizes, Shard, method, softmax_attention};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::{LAYOUTS, Sizes, close, leaf, moved, plan, randn, sizes, tolerance};
+use crate::{
+    LAYOUTS, Sizes, close, count_from_here, hold, leaf, moved, plan, randn, share, sizes, textbook, tolerance,
+};
 
 const SCALE: f64 = 0.3;
+const BF16_SCALE: f64 = 0.25;
 /// A token that sees only itself has dq = dk = 0 but for rounding, and inputs are of order 1.
 const FLOOR: f64 = 0.01;
 
@@ -101,18 +105,20 @@ impl SoftmaxCase {
         let (shard, [q, k, v, d_o]) = self.shard(group, layout, attention.clone())?;
         let plan = &shard.plan;
         let name = |what: &str| {
-            let (rank, size, backend) = (group.rank(), group.size(), group.backend());
+            let (rank, size, backend) = (group.rank(), group.size(), group.backend_on(group.device()));
             format!("{what}, {method}, rank {rank} of {size}, {backend} {layout:?}, {}", self.name)
         };
         let Sizes { b, h, kv_heads, dk, dv, .. } = self.sizes;
         let layer = LayerSizes { b, heads: h, kv_heads, dk, dv, kind: self.kind };
         let traffic = attention.traffic(plan, &layer);
-        group.recorder().clear();
+        count_from_here(group);
         let forward = attention.forward(&shard, &Inputs::new(&q, &k, &v, SCALE, self.causal)?)?;
-        assert_eq!(moved(group), traffic.forward, "{}", name("bytes of forward"));
-        group.recorder().clear();
+        let found = moved(group);
+        hold(|| assert_eq!(found, traffic.forward, "{}", name("bytes of forward")));
+        count_from_here(group);
         let grads = attention.backward(&shard, forward.saved, &d_o)?;
-        assert_eq!(moved(group), traffic.backward, "{}", name("bytes of backward"));
+        let found = moved(group);
+        hold(|| assert_eq!(found, traffic.backward, "{}", name("bytes of backward")));
         for (what, ours, truth) in [
             ("o", &forward.o, &truth[0]),
             ("dq", &grads.dq, &truth[1]),
@@ -141,7 +147,7 @@ impl SoftmaxCase {
         attention: Arc<dyn Attention>,
     ) -> Result<(Arc<Shard>, [Tensor; 4])> {
         let plan = plan(group, &self.sizes, layout)?;
-        let mine = self.tensors().map(|t| plan.layout.shard(&t, 1, group.rank()).expect("a shard"));
+        let mine = self.tensors().map(|t| share(group, &plan, &t).expect("a shard"));
         Ok((Arc::new(Shard { group: group.clone(), plan, linear: method::linear("lasp2", group)?, attention }), mine))
     }
 
@@ -158,6 +164,61 @@ impl SoftmaxCase {
             Err(error) => error.to_string(),
         };
         assert_eq!(error, expected);
+        Ok(())
+    }
+}
+
+/// Every method in bf16, held against twice the error of a textbook bf16 attention over the whole sequence.
+pub struct Bf16SoftmaxCase {
+    sizes: Sizes,
+    /// o, dq, dk, dv in f64, and the error that each may have.
+    truth: Mutex<[Tensor; 4]>,
+    allowed: [f64; 4],
+}
+
+impl Bf16SoftmaxCase {
+    pub fn new(tokens: i64) -> Result<Self> {
+        let sizes = Sizes { b: 1, tokens, h: 8, kv_heads: 2, dk: 16, dv: 16, documents: None };
+        let [q, k, v, d_o] = &Self::tensors(&sizes);
+        let tile = [Tile { q: 0..tokens, k: 0..tokens, causal: true }];
+        let (o, lse) = oracle::forward(q, k, v, &tile, BF16_SCALE)?;
+        let (dq, dk, dv) = oracle::backward(q, k, v, &o, &lse, d_o, &tile, BF16_SCALE)?;
+        let truth = [o, dq, dk, dv];
+        let naive = textbook::softmax([q, k, v, d_o], BF16_SCALE);
+        let allowed = [0, 1, 2, 3].map(|i: usize| 2.0 * relative_rms(&naive[i], &truth[i]));
+        Ok(Self { sizes, truth: Mutex::new(truth), allowed })
+    }
+
+    fn tensors(sizes: &Sizes) -> [Tensor; 4] {
+        let make = |seed, heads| randn(seed, &[1, sizes.tokens, heads, sizes.dk]).to_kind(Kind::BFloat16);
+        [make(31, sizes.h), make(32, sizes.kv_heads), make(33, sizes.kv_heads), make(34, sizes.h)]
+    }
+
+    /// Runs on every rank of `group`, every method on both layouts; each rank looks at the whole.
+    pub fn check(&self, group: &Group) -> Result<()> {
+        for name in
+            method::ATTENTIONS.iter().filter(|name| **name != "ulysses" || self.sizes.h % group.size() as i64 == 0)
+        {
+            for layout in LAYOUTS {
+                let plan = plan(group, &self.sizes, layout)?;
+                let (linear, attention) = (method::linear("lasp2", group)?, method::attention(name)?);
+                let [q, k, v, d_o] = Self::tensors(&self.sizes).map(|x| share(group, &plan, &x).expect("a share"));
+                let shard = Shard { group: group.clone(), plan, linear, attention: attention.clone() };
+                let forward = attention.forward(&shard, &Inputs::new(&q, &k, &v, BF16_SCALE, true)?)?;
+                let grads = attention.backward(&shard, forward.saved, &d_o)?;
+                let layout = &shard.plan.layout;
+                let found = [("o", &forward.o), ("dq", &grads.dq), ("dk", &grads.dk), ("dv", &grads.dv)];
+                for (i, (what, mine)) in found.into_iter().enumerate() {
+                    let mine = mine.to_device(Device::Cpu).transpose(0, 1);
+                    let parts = group.all_gather_v(&mine, &layout.tokens_per_rank())?.wait()?;
+                    let ours = layout.in_sequence_order(&parts, 0)?.transpose(0, 1);
+                    assert_eq!(ours.kind(), Kind::BFloat16);
+                    let name = format!("{what}, {name}, {} ranks, {layout:?}", group.size());
+                    let truth = self.truth.lock().unwrap()[i].shallow_clone();
+                    hold(|| assert_close(&name, &ours, &truth, self.allowed[i]));
+                }
+            }
+        }
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Linear attention as a textbook has it, in the kind of its inputs: what FlashAttention's rule compares with.
+//! Attention as a textbook has it, in the kind of its inputs: what FlashAttention's rule compares with.
 
 use anyhow::Result;
 use kernels::linear::oracle::Whole;
@@ -53,6 +53,20 @@ pub fn linear(whole: &Whole, d_o: &Tensor) -> Result<Results> {
     ]);
     results.extend(log_decay.map(|g| ("dlog_decay", g.grad())));
     Ok(results)
+}
+
+/// `[o, dq, dk, dv]` of causal attention in the kind of the inputs, by libtorch's autograd.
+pub fn softmax([q, k, v, d_o]: [&Tensor; 4], scale: f64) -> [Tensor; 4] {
+    let [q, k, v] = [q, k, v].map(|x| x.copy().set_requires_grad(true));
+    let group = q.size()[2] / k.size()[2];
+    let heads = |x: &Tensor, group: i64| x.repeat_interleave_self_int(group, 2, None).transpose(1, 2);
+    let ahead = Tensor::ones([q.size()[1], k.size()[1]], (Kind::Bool, q.device())).triu(1);
+    let scores =
+        (heads(&q, 1).matmul(&heads(&k, group).transpose(2, 3)) * scale).masked_fill(&ahead, f64::NEG_INFINITY);
+    let o = scores.softmax(-1, None).matmul(&heads(&v, group)).transpose(1, 2);
+    let grads = Tensor::run_backward(&[(&o * d_o).sum(o.kind())], &[&q, &k, &v], false, false);
+    let [dq, dk, dv] = <[Tensor; 3]>::try_from(grads).expect("three gradients");
+    [o.detach(), dq, dk, dv]
 }
 
 /// Log-decays `[B, T, H, K]` in f32, whatever the form of the decay.

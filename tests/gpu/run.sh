@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# What needs a GPU: the collectives and the parity list over NCCL on 1, 2 and 4 processes, training losses against the CPU's, the
+# CUDA kernels, and `lasp attend` against PyTorch.
+#
+#   tests/gpu/run.sh [nccl] [parity] [training] [kernels] [attend]      all of them if none is named
+#
+# LASP_NCCL names another libnccl.so.2 than libtorch's own: several ranks on one GPU need 2.30 or later. LASP_PROGRAMS is a folder
+# that holds the programs (lasp, nccl, parity_nccl, cuda, cuda_linear), LASP_LOGS one for their output. LASP_LIMIT: seconds for
+# each part. `attend` wants a python3 with torch and safetensors.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+PARTS=${*:-nccl parity training kernels attend}
+LOGS=${LASP_LOGS:-target/gpu}
+LIMIT=${LASP_LIMIT:-900}
+mkdir -p "$LOGS"
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+# For ranks that share a GPU.
+export NCCL_MULTI_RANK_GPU_ENABLE=${NCCL_MULTI_RANK_GPU_ENABLE:-1} NCCL_MAX_CTAS=${NCCL_MAX_CTAS:-8}
+
+if [ -z "${LASP_PROGRAMS:-}" ]; then
+  LASP_PROGRAMS=$LOGS/programs
+  mkdir -p "$LASP_PROGRAMS"
+  cargo build --release --package lasp || exit 1
+  ln -sf "$PWD/target/release/lasp" "$LASP_PROGRAMS/lasp"
+  for at in collectives/nccl lasp-tests/parity_nccl kernels/cuda kernels/cuda_linear; do
+    program=$(cargo test --release --no-run --package "${at%/*}" --test "${at#*/}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
+    [ -n "$program" ] || { echo "cannot build $at"; exit 1; }
+    ln -sf "$PWD/$program" "$LASP_PROGRAMS/${at#*/}"
+  done
+fi
+P=$LASP_PROGRAMS
+
+nccl() { "$P/nccl"; }
+parity() { "$P/parity_nccl"; }
+kernels() { "$P/cuda" --test-threads=1 && "$P/cuda_linear" --test-threads=1; }
+attend() { LASP=$P/lasp python3 tests/pytorch/attend.py --device cuda; }
+
+# 20 steps of a small model, pure linear and hybrid: the losses of 1, 2 and 4 ranks with GPUs are those of one CPU.
+training() {
+  local runs=$LOGS/runs device=${LASP_DEVICE:-cuda} jobs
+  rm -rf "$runs" && mkdir -p "$runs"
+  "$P/lasp" data prepare kernels/src runtime/src --glob '*.rs' --out "$runs/corpus.bin" > "$runs/corpus.log" 2>&1 || { cat "$runs/corpus.log"; return 1; }
+  go() { # pattern ranks device
+    local name=$1-$2-$3
+    mpirun --oversubscribe --bind-to none -n "$2" "$P/lasp" train tests/gpu/training.toml --run-dir "$runs/$name" \
+      --set "data.path=$runs/corpus.bin" --set "model.pattern=$1" --set "parallel.sp=$2" --set "train.device=$3" \
+      < /dev/null > "$runs/$name.log" 2>&1 || { echo "$name: rc $?"; tail -n 20 "$runs/$name.log"; }
+  }
+  for ranks in 1 2 4; do
+    jobs=()
+    for pattern in L LLLN; do
+      go $pattern $ranks "$device" & jobs+=($!)
+      [ $ranks -gt 1 ] || [ "$device" = cpu ] || { go $pattern 1 cpu & jobs+=($!); }
+    done
+    wait "${jobs[@]}"
+  done
+  python3 tests/gpu/losses.py "$runs" "$device"
+}
+
+failed=0
+for part in $PARTS; do
+  began=$SECONDS
+  case $part in
+    nccl | parity | training | kernels | attend) ;;
+    *) echo "no part $part"; exit 2 ;;
+  esac
+  export -f "$part"
+  export P LOGS
+  timeout "$LIMIT" bash -uo pipefail -c "$part" > "$LOGS/$part.log" 2>&1
+  status=$?
+  grep -E '^not tested|^test |^test result|panicked|relative|cases|differ|FAILED|rror' "$LOGS/$part.log" | tail -n "${LASP_LINES:-40}"
+  echo "== $part: $([ $status = 0 ] && echo ok || echo "FAILED ($status)"), $((SECONDS - began)) s, $LOGS/$part.log"
+  [ $status = 0 ] || failed=1
+done
+exit $failed
