@@ -37,4 +37,4 @@ pub use mesh::Mesh;
 pub use op::Reduce;
 pub use pending::Pending;
 pub use tch::{Kind, Tensor};
-pub use trace::{CommSpan, ComputeSpan, Recorder, SpanGuard, Totals};
+pub use trace::{CommSpan, ComputeSpan, PlaceGuard, Recorder, SpanGuard, Totals};

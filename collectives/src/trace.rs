@@ -34,6 +34,8 @@ pub struct CommSpan {
     pub ended_ns: u64,
     /// For how long the rank's thread was blocked in `wait`: communication that no computation hid.
     pub exposed_ns: u64,
+    /// What the rank was at when it was issued: see [`Recorder::place`]. Empty if nothing was said.
+    pub place: &'static str,
 }
 
 /// One stretch of computation that [`Recorder::span`] enclosed.
@@ -82,6 +84,7 @@ struct Record {
     waits: VecDeque<(u64, u64)>,
     totals: BTreeMap<(Arc<str>, &'static str), Totals>,
     gpu: Weak<Gpu>,
+    place: &'static str,
 }
 
 struct Entry {
@@ -128,6 +131,12 @@ impl Recorder {
     pub fn span(&self, name: &'static str) -> SpanGuard {
         let mark = self.gpu().and_then(|gpu| gpu.mark());
         SpanGuard { recorder: self.clone(), name, started_ns: self.now(), mark }
+    }
+
+    /// Says what the rank is at until the guard is dropped: the `place` of operations issued meanwhile.
+    pub fn place(&self, name: &'static str) -> PlaceGuard {
+        let before = std::mem::replace(&mut lock(&self.0).place, name);
+        PlaceGuard { recorder: self.clone(), before }
     }
 
     /// Blocks until what was issued on a GPU has ended and is recorded: till then spans and totals may lack it.
@@ -223,6 +232,7 @@ impl Recorder {
             started_ns: 0,
             ended_ns: 0,
             exposed_ns: 0,
+            place: record.place,
         };
         push(&mut record.comm, Entry { span, stage: Stage::Queued });
         seq
@@ -277,6 +287,19 @@ impl Recorder {
     }
 }
 
+/// Ends a place when dropped; the one before it goes on.
+#[must_use = "the place ends when this is dropped; bind it to a name such as `_place`"]
+pub struct PlaceGuard {
+    recorder: Recorder,
+    before: &'static str,
+}
+
+impl Drop for PlaceGuard {
+    fn drop(&mut self) {
+        lock(&self.recorder.0).place = self.before;
+    }
+}
+
 /// Ends a compute span when dropped.
 #[must_use = "the span ends when this is dropped; bind it to a name such as `_span`"]
 pub struct SpanGuard {
@@ -317,6 +340,23 @@ mod tests {
         assert_eq!((recorder.waits().len(), recorder.waits()[0]), (KEPT, (20, 25)));
         assert_eq!(recorder.totals().messages, KEPT as u64 + 10);
         assert_eq!(recorder.totals_by_op()[&(group, "send")].bytes_sent, 8 * (KEPT as u64 + 10));
+    }
+
+    #[test]
+    fn operations_know_where_they_were_issued() {
+        let recorder = Recorder::new();
+        let issue = || recorder.issued("sp".into(), "send", (8, 0));
+        let outer = recorder.place("backward");
+        issue();
+        let inner = recorder.place("forward");
+        issue();
+        drop(inner);
+        issue();
+        drop(outer);
+        issue();
+        (0..4).for_each(|seq| recorder.ended(seq, "sp".into(), "send", (8, 0), true));
+        let places: Vec<&str> = recorder.comm_spans().iter().map(|span| span.place).collect();
+        assert_eq!(places, ["backward", "forward", "backward", ""]);
     }
 
     #[test]

@@ -93,11 +93,12 @@ struct All {
 }
 
 /// Segments one after another, as ranks would chain them. `late`: each segment learns of its entry only after it has run.
-fn chained(x: &Inputs, d_o: &Tensor, cuts: &[i64], initial: &Tensor, exit: &Tensor, late: bool) -> All {
+/// `saves`: backward gets the states that forward has saved.
+fn chained(x: &Inputs, d_o: &Tensor, cuts: &[i64], initial: &Tensor, exit: &Tensor, late: bool, saves: bool) -> All {
     let mixer = Fused::new(Chunkwise::new(64, SCALE).unwrap());
     let pieces: Vec<_> = cuts.windows(2).map(|w| (w[0], w[1] - w[0])).collect();
     let (mut state, mut exit) = (initial.shallow_clone(), exit.shallow_clone());
-    let (mut o, mut entries, mut grads) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut o, mut entries, mut saved, mut grads) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for &(start, length) in &pieces {
         poison(x.q.device());
         let given = (!late).then_some(&state);
@@ -106,18 +107,21 @@ fn chained(x: &Inputs, d_o: &Tensor, cuts: &[i64], initial: &Tensor, exit: &Tens
             let summary = segment.summarize().unwrap();
             segment.run().unwrap();
             segment.add_entry(&state).unwrap();
+            saved.push(segment.take_saved().unwrap());
             summary.after(&state).unwrap()
         } else {
             segment.run().unwrap();
+            saved.push(segment.take_saved().unwrap());
             segment.summarize().unwrap().state
         };
         entries.push(std::mem::replace(&mut state, end));
         o.push(segment.finish().unwrap());
     }
-    for (&(start, length), entry) in pieces.iter().zip(&entries).rev() {
+    assert!(saved.iter().all(Option::is_some));
+    for ((&(start, length), entry), saved) in pieces.iter().zip(&entries).zip(saved).rev() {
         poison(x.q.device());
-        let part = x.narrow(start, length).unwrap();
-        let mut segment = mixer.backward(&part, Some(entry), &d_o.narrow(1, start, length)).unwrap();
+        let (part, d_o) = (x.narrow(start, length).unwrap(), d_o.narrow(1, start, length));
+        let mut segment = mixer.backward_with(&part, Some(entry), &d_o, saved.filter(|_| saves)).unwrap();
         if late {
             segment.run_grad().unwrap();
         }
@@ -197,18 +201,18 @@ fn as_good_as_naive_bf16() {
     ];
     for (case, cuts) in &cases {
         for decay in DECAYS {
-            for late in [false, true] {
+            for (late, saves) in [(false, false), (true, false), (false, true), (true, true)] {
                 let x = on(&inputs(decay, *case), device);
                 let state = [case.b, case.h, case.dk, case.dv];
                 let (d_o, initial, exit) =
                     (randn(&x.v.size(), Kind::BFloat16), randn(&state, Kind::Float), randn(&state, Kind::Float));
                 let (d_o, initial, exit) = (d_o.to_device(device), initial.to_device(device), exit.to_device(device));
-                let ours = chained(&x, &d_o, cuts, &initial, &exit, late);
-                let again = chained(&x, &d_o, cuts, &initial, &exit, late);
+                let ours = chained(&x, &d_o, cuts, &initial, &exit, late, saves);
+                let again = chained(&x, &d_o, cuts, &initial, &exit, late, saves);
                 let truth = naive(&x, &d_o, &initial, &exit, Kind::Double);
                 let theirs = naive(&x, &d_o, &initial, &exit, Kind::BFloat16);
                 let check = |what: &str, f: &dyn Fn(&All) -> Tensor| {
-                    let name = format!("{what}, {decay}, {case:?}, late {late}");
+                    let name = format!("{what}, {decay}, {case:?}, late {late}, saves {saves}");
                     let tolerance = 2.0 * relative_rms(&f(&theirs), &f(&truth)) + 1e-6;
                     assert_close(&name, &f(&ours), &f(&truth), tolerance);
                     assert!(f(&ours).equal(&f(&again)), "{name}: other bits the second time");

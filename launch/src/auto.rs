@@ -1,12 +1,13 @@
-//! `method = "auto"`: asks the cost model (`benches::simulate`), puts what it finds in the configuration's place and says why.
-//! Rank 0 decides and tells the others, whose machine.toml might be another.
+//! `method = "auto"`: asks the cost model (`benches::simulate`), puts what it finds in the configuration's place and says why;
+//! of a training step ([`agree`]), or of an operator by itself ([`Operator`]: `lasp attend`, `lasp compare`). Rank 0 decides and tells the others, whose machine.toml might be another.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use benches::simulate::Machine;
-use benches::simulate::choose::{Candidate, Choice, choose};
+use benches::simulate::choose::{Candidate, Choice, choose, choose_operator};
 use collectives::Group;
+use collectives::local::Network;
 use runtime::config::{Config, LayerKind};
 use runtime::sequence::method::AUTO;
 use tch::Tensor;
@@ -23,20 +24,74 @@ pub fn agree(config: &mut Config, world: &Group, gpu: bool) -> Result<()> {
     if !is_open(config) {
         return Ok(());
     }
-    let mut text = Vec::new();
+    let mut names = String::new();
     if world.rank() == 0 {
         decide(config, gpu)?;
-        let names = format!("{}\n{}", config.parallel.linear_method, config.parallel.softmax_method);
-        text = names.bytes().map(i64::from).collect();
+        names = format!("{}\n{}", config.parallel.linear_method, config.parallel.softmax_method);
     }
-    let length = world.broadcast(&Tensor::f_from_slice(&[text.len() as i64])?, 0)?.wait()?.f_int64_value(&[0])?;
-    text.resize(length as usize, 0);
-    let text: Vec<i64> = Vec::try_from(world.broadcast(&Tensor::f_from_slice(&text)?, 0)?.wait()?)?;
-    let names = String::from_utf8(text.into_iter().map(|byte| byte as u8).collect())?;
+    let names = told(world, &names)?;
     let (linear, softmax) = names.split_once('\n').context("rank 0 named no two methods")?;
     linear.clone_into(&mut config.parallel.linear_method);
     softmax.clone_into(&mut config.parallel.softmax_method);
     Ok(())
+}
+
+/// Rank 0's text, on every rank.
+fn told(world: &Group, text: &str) -> Result<String> {
+    let mut bytes: Vec<i64> = text.bytes().map(i64::from).collect();
+    let length = world.broadcast(&Tensor::f_from_slice(&[bytes.len() as i64])?, 0)?.wait()?.f_int64_value(&[0])?;
+    bytes.resize(length as usize, 0);
+    let bytes: Vec<i64> = Vec::try_from(world.broadcast(&Tensor::f_from_slice(&bytes)?, 0)?.wait()?)?;
+    Ok(String::from_utf8(bytes.into_iter().map(|byte| byte as u8).collect())?)
+}
+
+/// An operator by itself, whose method is left open.
+#[derive(Clone, Copy)]
+pub struct Operator {
+    pub kind: LayerKind,
+    /// Whether gradients are computed too.
+    pub backward: bool,
+    pub gpu: bool,
+    /// Between ranks that are threads, if one is emulated.
+    pub network: Option<Network>,
+    /// The option that asks, as the log names it.
+    pub option: &'static str,
+}
+
+impl Operator {
+    /// The method that is quickest for it among the ranks of `world`, the same on every rank; `config`: its sizes, length, layout
+    /// and machine, on rank 0. Collective.
+    pub fn agree(self, config: Option<&Config>, world: &Group) -> Result<String> {
+        let mut chosen = String::new();
+        if let (0, Some(config)) = (world.rank(), config) {
+            chosen = self
+                .decide(config, world.size())
+                .with_context(|| format!("{} {AUTO}: the cost model finds no method; name one", self.option))?;
+        }
+        told(world, &chosen)
+    }
+
+    /// Logs from what it chooses.
+    fn decide(self, config: &Config, ranks: usize) -> Result<String> {
+        let (name, why) = machine(&config.parallel.machine, self.gpu, Path::new(FILE).exists());
+        let mut machine = Machine::load(&name).context("parallel.machine, for which \"auto\" decides")?;
+        let mut on = String::new();
+        if let (Some(network), Some(host)) = (self.network, &mut machine.host) {
+            (machine.gpus_per_node, host.network) = (network.node, Some(network.to_string()));
+            on = format!(", with the emulated network {network}");
+        }
+        let choice = choose_operator(&machine, config, self.kind, ranks, self.backward)?.context("none can run")?;
+        let tokens = config.train.seq_len;
+        tracing::info!(
+            "{} {AUTO}: {}, for {tokens} tokens on {ranks} ranks by the cost model of {name} ({why}){on}; predicted of the \
+             operator alone:",
+            self.option,
+            choice.method
+        );
+        let what = if self.backward { "forward and backward take" } else { "forward takes" };
+        choice.candidates.iter().for_each(|candidate| tracing::info!("  {}", line(candidate, what)));
+        Ok(choice.method)
+    }
 }
 
 fn is_open(config: &Config) -> bool {
@@ -62,7 +117,7 @@ pub fn decide(config: &mut Config, gpu: bool) -> Result<()> {
             key(choice.kind),
             choice.method
         );
-        choice.candidates.iter().for_each(|candidate| tracing::info!("  {}", line(candidate)));
+        choice.candidates.iter().for_each(|candidate| tracing::info!("  {}", line(candidate, "a sequence takes")));
         let Choice { kind, method: chosen, .. } = choice;
         *method(&mut config.parallel, kind) = chosen;
     }
@@ -99,13 +154,13 @@ fn key(kind: LayerKind) -> &'static str {
     }
 }
 
-fn line(candidate: &Candidate) -> String {
+fn line(candidate: &Candidate, what: &str) -> String {
     let memory = if candidate.out_of_memory { ", more memory than there is" } else { "" };
     match &candidate.found {
-        Ok((step, exposed)) => format!(
-            "{}: a sequence takes {:.2} ms, of which communication costs {:.2} ms{memory}",
+        Ok((seconds, exposed)) => format!(
+            "{}: {what} {:.2} ms, of which communication costs {:.2} ms{memory}",
             candidate.method,
-            1e3 * step,
+            1e3 * seconds,
             1e3 * exposed
         ),
         Err(reason) => format!("{}: cannot run here: {reason}", candidate.method),
@@ -144,6 +199,29 @@ mod tests {
         decide(&mut alone, false).unwrap();
         assert_eq!((alone.parallel.linear_method.clone(), alone.parallel.softmax_method.clone()), found[0]);
         assert!(!is_open(&alone));
+    }
+
+    #[test]
+    fn an_operator_is_decided_by_rank_0_for_the_network_that_it_runs_on() {
+        let kinds = [(LayerKind::Linear, "hierarchical:node=2"), (LayerKind::Softmax, "ring")];
+        for (kind, expected) in kinds {
+            let found = local::run(8, move |world| -> Result<_> {
+                let mut config = config(&["parallel.machine=epyc-2core", "model.heads=8"]);
+                config.train.seq_len = 64;
+                // Hops between nodes are all that counts: log2 of four nodes; a ring crosses them four times, an all-to-all
+                // seven, in every round.
+                let network = Some("node=2,intra=1ns/1TB/s,inter=50ms/1TB/s".parse()?);
+                let of = Operator { kind, backward: true, gpu: false, network, option: "--method" };
+                of.agree((world.rank() == 0).then_some(&config), &world)
+            });
+            assert_eq!(found.unwrap(), [expected; 8]);
+        }
+        let of = Operator { kind: LayerKind::Linear, backward: false, gpu: false, network: None, option: "--method" };
+        let mut short = config(&[]);
+        short.train.seq_len = 3;
+        let error = local::run(4, move |world| of.agree(Some(&short), &world)).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains("--method auto: the cost model finds no method; name one"), "{error}");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use collectives::Group;
 use collectives::local::Network;
-use runtime::config::{Config, DecayKind, LayoutKind};
+use runtime::config::{Config, DecayKind, LayerKind, LayoutKind};
 use runtime::metrics::format_duration;
 use serde_json::{Value, json};
 
@@ -28,7 +28,8 @@ use crate::{auto, doctor, job, output};
 pub struct Args {
     /// A configuration whose sizes are taken where no option gives them [default: 8 heads of 64, 2 layers]
     config: Option<PathBuf>,
-    /// Only these, each with settings and a layout if wanted, as in lasp2:splits=4,"ring zigzag" [default: all of the mixer]
+    /// Only these, each with settings and a layout if wanted, as in lasp2:splits=4,"ring zigzag"; auto: as the cost model finds
+    /// quickest for the length [default: all of the mixer]
     #[arg(long, value_name = "METHOD,..")]
     methods: Option<String>,
     /// Lengths of the sequence over all ranks; K and M are 1024 and 1024^2
@@ -214,12 +215,19 @@ fn compare(args: &Args, options: &Options, world: &Group, results: &Mutex<Result
     auto::agree(&mut config, world, false)?;
     options.config.parallel.linear_method = config.parallel.linear_method;
     options.config.parallel.softmax_method = config.parallel.softmax_method;
-    let options = &options;
-    let comparison = Comparison::new(world, options)?;
+    // What is open among the methods is decided for each length.
+    let of_lengths = args.seq_lens.iter().map(|&tokens| decided(args, &options, tokens, world));
+    let of_lengths = of_lengths.collect::<Result<Vec<_>>>()?;
+    let mut comparison: Option<Comparison> = None;
     if first {
-        lock()?.begin(options, world)?;
+        lock()?.begin(&options, world)?;
     }
-    for &tokens in &args.seq_lens {
+    for (at, (&tokens, options)) in args.seq_lens.iter().zip(&of_lengths).enumerate() {
+        let same = at > 0 && of_lengths[at - 1].methods == options.methods;
+        let comparison = match comparison.take().filter(|_| same) {
+            Some(ready) => comparison.insert(ready),
+            None => comparison.insert(Comparison::new(world, options)?),
+        };
         let announce = |time: Duration| {
             if first && time > WORTH_SAYING {
                 let time = format_duration(time.as_secs_f64());
@@ -232,6 +240,22 @@ fn compare(args: &Args, options: &Options, world: &Group, results: &Mutex<Result
         }
     }
     Ok(())
+}
+
+/// The options with methods chosen, for one length, where that was left to the cost model. Collective.
+fn decided(args: &Args, options: &Options, tokens: i64, world: &Group) -> Result<Options> {
+    let mut options = options.clone();
+    let kind = match options.mixer {
+        Mixer::Linear => LayerKind::Linear,
+        Mixer::Softmax => LayerKind::Softmax,
+    };
+    for method in options.methods.iter_mut().filter(|method| method.is_open()) {
+        let mut config = options.config.clone();
+        (config.train.seq_len, config.parallel.layout) = (tokens as usize, method.layout);
+        let operator = auto::Operator { kind, backward: true, gpu: false, network: args.network, option: "--methods" };
+        method.name = operator.agree(Some(&config), world)?;
+    }
+    Ok(options)
 }
 
 /// What rank 0 has so far.
@@ -327,6 +351,8 @@ impl Results {
                 "decay": model.decay, "dtype": options.config.train.dtype, "layers": model.layers,
                 "pattern": model.pattern, "batch": options.config.train.batch,
             },
+            // What layers and training steps depend on besides.
+            "config": (options.mode != Mode::Operator).then_some(&options.config),
             "machine": { "cpu": cpu(), "cores": cores(), "memory_bytes": doctor::memory("MemTotal") },
             "versions": { "lasp": env!("CARGO_PKG_VERSION"), "libtorch": libtorch() },
         })

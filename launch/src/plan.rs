@@ -34,12 +34,12 @@ pub fn run(args: Args) -> Result<()> {
     let estimate = Estimate { traffic: estimate::busiest_traffic(&config)?, ..estimate::estimate(&config)? };
     let text = match args.json {
         true => serde_json::to_string_pretty(&estimate)? + "\n",
-        false => show(&estimate),
+        false => show(&estimate, gpu),
     };
     output::print(&text)
 }
 
-fn show(e: &Estimate) -> String {
+fn show(e: &Estimate, gpu: bool) -> String {
     let most = e.tokens.per_rank.iter().max().copied().unwrap_or(0);
     let least = e.tokens.per_rank.iter().min().copied().unwrap_or(0);
     let share = if most == least { grouped(most as u64) } else { format!("{least} to {most}") };
@@ -58,7 +58,7 @@ fn show(e: &Estimate) -> String {
         ),
         format!("tensors of a rank\n{}", shapes(e)),
         format!("parameters\n{}", parameters(e)),
-        format!("memory of a rank\n{}", memory(e)),
+        format!("memory of a rank{}\n{}", if gpu { ", on a GPU" } else { "" }, memory(e, gpu)),
         format!("messages of the busiest rank of sp, {}, in a step\n{}", e.traffic.rank, traffic(e)),
         format!("operations (matrix products)\n{}", flops(e)),
     ];
@@ -93,10 +93,10 @@ fn parameters(e: &Estimate) -> String {
     table("lrr", &rows.collect::<Vec<_>>())
 }
 
-fn memory(e: &Estimate) -> String {
+fn memory(e: &Estimate, gpu: bool) -> String {
     let (m, a) = (&e.memory, &e.memory.activations);
     let used = |is: bool| if a.checkpointing == is { "" } else { "(not used)" };
-    let master = if m.optimizer > 2 * m.gradients - 2 * m.weights { "moments, master weights" } else { "moments" };
+    let master = if m.master_weights { "moments, master weights" } else { "moments" };
     let rows = [
         ("weights", m.weights, "throughout"),
         ("gradients", m.gradients, "throughout"),
@@ -104,13 +104,17 @@ fn memory(e: &Estimate) -> String {
         ("activations", a.without_checkpointing, used(false)),
         ("activations, checkpointed", a.with_checkpointing, used(true)),
         ("an operator at work", m.operator, "with the activations"),
-        ("gathered from other ranks", m.gathers, "with the activations"),
+        ("for and of other ranks", m.gathers, "with the activations"),
+        ("gradient of a tied projection", m.projection, "with the activations"),
         ("loss, logits in chunks", m.loss, "or this instead"),
         ("update", m.update, "without activations"),
         ("peak", m.total, ""),
     ];
     let rows = rows.iter().map(|(name, n, note)| row(&[name, &bytes(*n as u64), note]));
-    table("lrl", &rows.collect::<Vec<_>>()) + "  not counted: libtorch itself, and what an allocator leaves unused\n"
+    let other = if gpu { "" } else { "  on the CPU; on a GPU: --set train.device=cuda\n" };
+    table("lrl", &rows.collect::<Vec<_>>())
+        + "  not counted: libtorch itself, and what an allocator leaves unused\n"
+        + other
 }
 
 fn traffic(e: &Estimate) -> String {

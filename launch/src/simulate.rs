@@ -48,7 +48,7 @@ pub struct Args {
     /// Fit the constants of the published machines anew, and print them
     #[arg(long, value_name = "WHAT", value_parser = ["published"], conflicts_with = "model")]
     fit: Option<String>,
-    /// Predict what lasp compare measured in operator mode, from its results.jsonl; the machine is one that lasp calibrate wrote
+    /// Predict what lasp compare measured, from its results.jsonl; the machine is one that lasp calibrate wrote
     #[arg(long, value_name = "FILE,..", value_delimiter = ',', conflicts_with_all = ["model", "fit"])]
     against: Vec<PathBuf>,
     /// With --against: put the table into this Markdown file, in place of the last one
@@ -126,20 +126,25 @@ fn against(args: &Args) -> Result<()> {
     }
     let [median, largest] = against::errors(&rows).map(|error| 100.0 * error);
     let rows_of = std::iter::once(AGAINST.map(str::to_owned).to_vec()).chain(rows.iter().map(compared));
-    let text = table("lrrrrrrrr", &rows_of.collect::<Vec<_>>());
+    let text = table("llrrrrrrrr", &rows_of.collect::<Vec<_>>());
     output::print(&format!("{text}{} rows: median error {median:.1} %, largest {largest:.1} %\n", rows.len()))
 }
 
-const AGAINST: [&str; 9] =
-    ["method", "ranks", "tokens", "forward", "predicted", "backward", "predicted", "step", "predicted"];
+const AGAINST: [&str; 10] =
+    ["mode", "method", "ranks", "tokens", "forward", "predicted", "backward", "predicted", "step", "predicted"];
 
 fn compared(row: &Compared) -> Vec<String> {
     let ms = |ms: f64| format!("{ms:.1} ms");
-    let [forward, backward, step] = row.measured_ms.map(ms);
-    let [f, b, s] = row.predicted_ms.map(ms);
-    let s = format!("{s} ({:+.1} %)", 100.0 * row.error);
-    let (ranks, tokens) = (row.ranks.to_string(), row.tokens.to_string());
-    vec![row.method.clone(), ranks, tokens, forward, f, backward, b, step, s]
+    let mut cells = vec![row.mode.name().to_owned(), row.method.clone(), row.ranks.to_string(), row.tokens.to_string()];
+    // A training step has no passes of its own.
+    let pairs =
+        row.measured_ms.iter().zip(&row.predicted_ms).map(|(measured, predicted)| [ms(*measured), ms(*predicted)]);
+    cells.extend(std::iter::repeat_n("-".to_owned(), 2 * (3 - pairs.len())));
+    cells.extend(pairs.flatten());
+    if let Some(last) = cells.last_mut() {
+        *last += &format!(" ({:+.1} %)", 100.0 * row.error);
+    }
+    cells
 }
 
 fn constants(fit: &Fit) -> String {

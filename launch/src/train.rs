@@ -31,7 +31,8 @@ pub struct Args {
     /// Go on from the newest checkpoint of the run folder
     #[arg(long)]
     resume: bool,
-    /// Record the third and fourth step to trace-RANK.json in the run folder, for Chrome's or Perfetto's trace viewer
+    /// Record the third and fourth step to trace-RANK.json in the run folder, for Chrome's or Perfetto's trace viewer, and
+    /// print for how long a layer waited for communication
     #[arg(long)]
     trace: bool,
 }

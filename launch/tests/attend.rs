@@ -295,6 +295,35 @@ fn softmax_by_every_method() {
     }
 }
 
+/// The cost model's choice, as the log has it, gives the bits that the method gives when it is named.
+#[test]
+fn auto_is_the_method_that_the_log_names() {
+    let x = |seed, heads| (randn(seed, &[1, 67, heads, 8]) * 0.3).to_kind(Kind::Float);
+    let mut cases = vec![Ranks::Threads(1), Ranks::Threads(2), Ranks::Threads(4)];
+    if mpi() {
+        cases.push(Ranks::Mpi(2));
+    }
+    for (mixer, kv_heads, candidates) in [("linear", 4, "lasp1"), ("softmax", 2, "megatron_sp")] {
+        let inputs = [("q", x(1, 4)), ("k", x(2, kv_heads)), ("v", x(3, kv_heads)), ("do", x(4, 4))];
+        let tensors: Tensors = inputs.map(|(name, x)| (name.to_owned(), x)).into();
+        for &ranks in &cases {
+            let folder = Folder::new();
+            let ran = folder.attend(&tensors, ranks, &["--mixer", mixer, "--method", "auto"]).succeeds();
+            let chosen =
+                ran.err.split("--method auto: ").nth(1).unwrap_or_else(|| panic!("no choice in:\n{}", ran.err));
+            let chosen = chosen.split(", for 67 tokens").next().unwrap();
+            for method in [candidates, chosen] {
+                assert!(ran.err.contains(&format!("  {method}: forward and backward take ")), "{}", ran.err);
+            }
+            let found = folder.results();
+            folder.attend(&tensors, ranks, &["--mixer", mixer, "--method", chosen]).succeeds();
+            for (name, x) in folder.results() {
+                assert!(x.equal(&found[&name]), "{mixer}, {chosen}, {ranks:?}: {name}");
+            }
+        }
+    }
+}
+
 /// Good inputs, to be spoilt.
 fn good() -> Tensors {
     let x = |seed| randn(seed, &[1, 9, 2, 4]);
@@ -433,6 +462,10 @@ fn refuses_what_does_not_go_together() {
             &[&args[..], &["--mask", "full"]].concat(),
             &["--method", method, "--mask full", "--mask causal"],
         );
+    }
+    for mixer in ["linear", "softmax"] {
+        let args = ["--mixer", mixer, "--method", "auto", "--mask", "full"];
+        refused(&good(), &args, &["--method", "auto", "--mask full", "causal attention only"]);
     }
     refused(&good(), &["--mixer", "linear", "--method", "lasp2h"], &["--method", "lasp2h", "linear", "lasp2"]);
     refused(&good(), &["--mixer", "softmax", "--method", "lasp2"], &["--method", "softmax", "lasp2h"]);

@@ -172,6 +172,8 @@ fn plan_and_doctor_say_what_they_found() {
     let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
     assert_eq!(json["tokens"]["per_rank"], serde_json::json!([16, 16, 16, 16]));
     assert!(json["parameters"]["total"].as_i64().unwrap() > 0);
+    let ran = lasp(&["plan", &config, "--set", "train.device=cuda", "--set", "train.dtype=bf16"]).succeeds();
+    assert!(ran.out.contains("memory of a rank, on a GPU"), "{}", ran.out);
     lasp(&["plan", &config, "--ranks", "3", "--set", "parallel.sp=2"]).fails_with(&["3 ranks", "parallel.sp"]);
 
     let ran = lasp(&["doctor"]).succeeds();
@@ -198,6 +200,33 @@ fn a_corpus_is_prepared_and_shown() {
 
 fn train(folder: &Path, ranks: Ranks, args: &[&str]) -> Ran {
     run(command(ranks).current_dir(folder).args(["train", "tiny.toml"]).args(args))
+}
+
+/// With ranks as threads and as processes: a trace a rank, and a line a kind of layer.
+#[test]
+fn a_trace_comes_with_a_summary() {
+    let (folder, _) = tiny();
+    let mut ways = vec![(Ranks::Threads(2), "threads", vec!["--ranks", "2"])];
+    if mpi() {
+        ways.push((Ranks::Mpi(2), "processes", vec![]));
+    }
+    for (ranks, name, args) in ways {
+        let settings = ["--trace", "--run-dir", name, "--set", "train.steps=4"];
+        let ran = train(folder.path(), ranks, &[&settings, &args[..]].concat()).succeeds();
+        let lines: Vec<&str> = ran.out.lines().filter(|line| line.contains("layers: exposed")).collect();
+        assert!(!lines.is_empty(), "{}", ran.out);
+        for line in lines {
+            let numbers = line.split(' ').filter_map(|word| word.parse::<f64>().ok()).count();
+            assert_eq!(numbers, 2, "{line}");
+        }
+        for rank in 0..2 {
+            let text = std::fs::read_to_string(folder.path().join(name).join(format!("trace-{rank}.json"))).unwrap();
+            let trace: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let sorts = |sort: &str| trace["traceEvents"].as_array().unwrap().iter().any(|e| e["cat"] == sort);
+            assert!(sorts("compute") && sorts("communication"), "{name}, rank {rank}");
+            assert!(sorts("cpu_op") || matches!(ranks, Ranks::Threads(_)), "{name}, rank {rank}");
+        }
+    }
 }
 
 #[test]

@@ -58,6 +58,28 @@ fn labels(rows: &[Value]) -> Vec<&str> {
 }
 
 #[test]
+fn auto_is_a_row_that_says_what_was_chosen() {
+    let folder = tempfile::tempdir().unwrap();
+    let network = "node=2,intra=1us/10GB/s,inter=20ms/10GB/s";
+    let arguments = format!("--methods lasp2,auto --seq-lens 40,80 --network {network}");
+    let ran = compare(Ranks::Threads(4), folder.path(), &arguments).succeeds();
+    let rows = rows(folder.path());
+    for (tokens, of) in [40, 80].into_iter().zip(rows.chunks(2)) {
+        let before = "--methods auto: ";
+        let after = format!(", for {tokens} tokens on 4 ranks");
+        let line = ran.err.lines().find(|line| line.contains(&after)).unwrap_or_else(|| panic!("{}", ran.err));
+        assert!(line.contains(&format!("emulated network {}", network.replace("us/", "µs/"))), "{line}");
+        let chosen = line.split(before).nth(1).unwrap().split(&after).next().unwrap();
+        // Two hops between nodes, where a chain of nodes has one.
+        assert_ne!(chosen, "lasp2", "{}", ran.err);
+        assert_eq!(labels(of), ["lasp2", &format!("auto ({chosen})")]);
+        of.iter().for_each(|row| check(row, 4, tokens));
+    }
+    let candidates = ran.err.matches(": forward and backward take ").count();
+    assert_eq!(candidates, 8, "four candidates at each length:\n{}", ran.err);
+}
+
+#[test]
 fn all_linear_methods_on_several_numbers_of_ranks() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = command(Ranks::Threads(3));

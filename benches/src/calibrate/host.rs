@@ -14,10 +14,13 @@ use kernels::linear::left_product;
 use kernels::linear::{BackwardSegment, Decay, ForwardSegment, Inputs, StateMixer};
 use kernels::softmax::{self, Tile};
 use runtime::config::DecayKind;
+use runtime::model::Model;
 use tch::{Device, Kind, Tensor};
 
 use crate::simulate::Pass;
-use crate::simulate::host::{ADD, COPY, Host, JOIN, Kernel, linear_kernel, pairs_kernel};
+use crate::simulate::host::{
+    ADD, COPY, DENSE_WIDTHS, Host, JOIN, Kernel, dense_kernel, dense_model, linear_kernel, pairs_kernel,
+};
 
 use super::{CHUNK, DIM, F32, HEADS};
 
@@ -28,6 +31,7 @@ const SEGMENTS: &[i64] = &[256, 1024, 4096];
 const ALONE: i64 = 1024;
 const CAUSAL_TILES: &[i64] = &[128, 512, 2048];
 const FULL_TILES: &[i64] = &[128, 512, 1536];
+const DENSE: &[i64] = &[256, 2048];
 const COPIES: &[i64] = &[1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22];
 const RUNS: usize = 5;
 const WAKES: usize = 200;
@@ -187,6 +191,8 @@ fn jobs(most: usize) -> Vec<Job> {
         jobs.extend(sizes.iter().take(most).map(|&size| Job { size, of, runs: vec![] }));
     };
     add(COPIES, copies);
+    add(DENSE, |ranks, tokens| dense(ranks, tokens, DENSE_WIDTHS[0]));
+    add(DENSE, |ranks, tokens| dense(ranks, tokens, DENSE_WIDTHS[1]));
     add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::None));
     add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Lightning));
     add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Token));
@@ -271,6 +277,41 @@ fn segment(ranks: &Ranks, tokens: i64, decay: DecayKind) -> Result<Times> {
     let _ = backward.finish()?;
     took(Pass::Backward, "finish", &mut laps);
     Ok(times)
+}
+
+/// A layer of linear attention as `runtime::model` has it, with an operator in it that does nothing.
+fn dense(ranks: &Ranks, tokens: i64, width: i64) -> Result<Times> {
+    let config = dense_model(width, DIM)?.model;
+    let model = Model::new(&config, Kind::Float, 0, Device::Cpu)?;
+    model.params.share_grads(&model.params.flat.f_zeros_like()?)?;
+    let weight = |name: &str| model.params.get(&format!("layers.0.{name}"));
+    let norms = [weight("attn_norm")?, weight("attn.o_norm")?, weight("mlp_norm")?];
+    let qkvg = [weight("attn.wq")?, weight("attn.wk")?, weight("attn.wv")?, weight("attn.wg")?];
+    let (out, mlp) = (weight("attn.wo")?, [weight("mlp.w_gate")?, weight("mlp.w_up")?, weight("mlp.w_down")?]);
+    let rows = || Tensor::f_randn([1, tokens, width], F32);
+    let (x, d_y, attended) = (rows()?.f_set_requires_grad(true)?, rows()?, rows()?);
+    let norm = |x: &Tensor, weight: &Tensor| x.f_rms_norm(weight.size(), Some(weight), config.norm_eps);
+    let product = |x: &Tensor, weight: &Tensor| x.f_linear(weight, None::<&Tensor>);
+    let heads = [1, tokens, config.heads, DIM];
+    let mut laps = ranks.ready()?;
+    let y = tch::with_grad(|| -> Result<Tensor> {
+        let normed = norm(&x, &norms[0])?;
+        let (q, k) = (product(&normed, &qkvg[0])?.f_silu()?, product(&normed, &qkvg[1])?.f_silu()?);
+        let (v, o) = (product(&normed, &qkvg[2])?, attended.f_view(heads)?);
+        kernels::bridge::attach(&[&q, &k, &v], &[&o], move |mut grads: Vec<Option<Tensor>>| {
+            let grad = grads.swap_remove(0).map(|grad| grad.f_view([1, tokens, width])).transpose()?;
+            Ok([0; 3].map(|_| grad.as_ref().map(Tensor::shallow_clone)).into())
+        })?;
+        let gated = norm(&o, &norms[1])?.f_view_as(&x)?.f_mul(&product(&normed, &qkvg[3])?.f_silu()?)?;
+        let x = x.f_add(&product(&gated, &out)?)?;
+        let normed = norm(&x, &norms[2])?;
+        let hidden = product(&normed, &mlp[0])?.f_silu()?.f_mul(&product(&normed, &mlp[1])?)?;
+        Ok(x.f_add(&product(&hidden, &mlp[2])?)?)
+    })?;
+    let forward = laps.lap();
+    kernels::bridge::backward(&y, &d_y)?;
+    let name = |pass| dense_kernel(width, pass);
+    Ok(vec![(name(Pass::Forward), forward), (name(Pass::Backward), laps.lap())])
 }
 
 fn softmax_tile(ranks: &Ranks, tokens: i64, causal: bool) -> Result<Times> {

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use collectives::Group;
 use runtime::config::{DecayKind, LayoutKind};
 use runtime::sequence::attention::Attention;
+use runtime::sequence::method::AUTO;
 use runtime::sequence::{LinearMethod, Plan, Shard, method};
 
 use super::{Mixer, Options};
@@ -19,6 +20,8 @@ pub struct Method {
     pub layout: LayoutKind,
     /// Named by the user: if it cannot run, that is an error; else its row says why.
     pub asked_for: bool,
+    /// Whether the cost model chose it, or, while it is `auto`, is still to choose it.
+    pub auto: bool,
 }
 
 impl Method {
@@ -35,9 +38,9 @@ impl Method {
                 Some(node) if name == "hierarchical" => format!("hierarchical:node={node}"),
                 _ => name.to_owned(),
             };
-            methods.push(Method { name: name.clone(), layout, asked_for: false });
+            methods.push(Method { name: name.clone(), layout, asked_for: false, auto: false });
             if name == "ring" && layout == LayoutKind::Contiguous {
-                methods.push(Method { name, layout: LayoutKind::Zigzag, asked_for: false });
+                methods.push(Method { name, layout: LayoutKind::Zigzag, asked_for: false, auto: false });
             }
         }
         methods
@@ -51,7 +54,8 @@ impl Method {
         };
         let mut parts: Vec<String> = Vec::new();
         for part in text.split(',').map(str::trim) {
-            let starts = known.contains(&part.split([':', ' ']).next().unwrap_or_default());
+            let name = part.split([':', ' ']).next().unwrap_or_default();
+            let starts = name == AUTO || known.contains(&name);
             match parts.last_mut() {
                 Some(before) if !starts && before.contains(':') => *before += &format!(",{part}"),
                 _ => parts.push(part.to_owned()),
@@ -73,6 +77,7 @@ impl Method {
             _ => (text, layout),
         };
         let expected = match mixer {
+            _ if name == AUTO => None,
             Mixer::Linear => method::check_linear(name).err(),
             Mixer::Softmax if method::ATTENTIONS.contains(&name) => None,
             Mixer::Softmax => Some(format!("one of {}", method::ATTENTIONS.join(", "))),
@@ -85,7 +90,12 @@ impl Method {
             };
             bail!("--methods: found {name:?} for --mixer {}, expected {expected}{other}", mixer.name());
         }
-        Ok(Method { name: name.to_owned(), layout, asked_for: true })
+        Ok(Method { name: name.to_owned(), layout, asked_for: true, auto: name == AUTO })
+    }
+
+    /// Whether the cost model is still to choose it.
+    pub fn is_open(&self) -> bool {
+        self.name == AUTO
     }
 
     /// Whether it computes `(q k^T) v`, in time that grows with the square of the length.
@@ -97,7 +107,10 @@ impl Method {
     pub fn label(&self) -> String {
         let zigzag = if self.layout == LayoutKind::Zigzag { " zigzag" } else { "" };
         let quadratic = if self.is_left_product() { " (quadratic)" } else { "" };
-        format!("{}{zigzag}{quadratic}", self.name)
+        match self.auto && !self.is_open() {
+            true => format!("{AUTO} ({}){zigzag}", self.name),
+            false => format!("{}{zigzag}{quadratic}", self.name),
+        }
     }
 }
 
@@ -155,6 +168,10 @@ mod tests {
             ["lasp2", "lasp2:truncate,splits=2 zigzag", "all_scan:blocks=8", "ring_left_product (quadratic)"];
         assert_eq!(found.unwrap(), expected);
         assert_eq!(labels("ring,ring zigzag", Mixer::Softmax).unwrap(), ["ring", "ring zigzag"]);
+        let found = Method::list("lasp2:splits=2,auto zigzag,lasp1", Mixer::Linear, LayoutKind::Contiguous).unwrap();
+        assert_eq!(found.iter().map(Method::is_open).collect::<Vec<_>>(), [false, true, false]);
+        let chosen = Method { name: "lasp1".to_owned(), ..found[1].clone() };
+        assert_eq!(chosen.label(), "auto (lasp1) zigzag");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use runtime::config::{Config, LayerKind};
 
-use super::{Machine, Method, Prediction, Result, Workload, predict};
+use super::{Machine, Method, Prediction, Result, Workload, operator_seconds, predict};
 
 /// What was chosen for one kind of layer, and from what.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,7 +17,7 @@ pub struct Choice {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Candidate {
     pub method: String,
-    /// Seconds of a step, and how many of them communication costs; or why it cannot run.
+    /// Seconds of what was predicted, and how many of them communication costs; or why it cannot run.
     pub found: std::result::Result<(f64, f64), String>,
     /// Whether the model says that it needs more memory than there is.
     pub out_of_memory: bool,
@@ -37,43 +37,79 @@ fn softmax() -> Vec<String> {
     ["lasp2h", "ring", "ulysses", "megatron_sp"].map(str::to_owned).into()
 }
 
-/// The quickest methods for the kinds of layers that ask for it; `sp` ranks share a sequence of the configuration's length. Of equals
-/// the first, and of those that fit into memory, if any does.
+fn candidates(
+    machine: &Machine,
+    kind: LayerKind,
+    sp: usize,
+    predict: impl Fn(&Method) -> Result<(f64, f64, bool)>,
+) -> Vec<Candidate> {
+    let names = if kind == LayerKind::Linear { linear(machine, sp) } else { softmax() };
+    let candidate = |name: String| {
+        let (found, out_of_memory) = match Method::parse(&name).and_then(|method| predict(&method)) {
+            Ok((seconds, exposed, out_of_memory)) => (Ok((seconds, exposed)), out_of_memory),
+            Err(error) => (Err(error.to_string()), false),
+        };
+        Candidate { method: name, found, out_of_memory }
+    };
+    names.into_iter().map(candidate).collect()
+}
+
+/// Of equals the first, and of those that fit into memory, if any does.
+fn best(candidates: &[Candidate]) -> Option<String> {
+    let time = |candidate: &Candidate| candidate.found.as_ref().map_or(f64::INFINITY, |(seconds, _)| *seconds);
+    let quickest = |fits: bool| {
+        let able = candidates.iter().filter(|candidate| candidate.found.is_ok() && !(fits && candidate.out_of_memory));
+        able.min_by(|a, b| time(a).total_cmp(&time(b)))
+    };
+    quickest(true).or_else(|| quickest(false)).map(|candidate| candidate.method.clone())
+}
+
+/// The quickest methods for the kinds of layers that ask for it; `sp` ranks share a sequence of the configuration's length.
 pub fn choose(machine: &Machine, config: &Config, sp: usize, kinds: &[LayerKind]) -> Result<Vec<Choice>> {
     let mut config = config.clone();
     let mut choices = Vec::new();
     for &kind in kinds {
-        let names = if kind == LayerKind::Linear { linear(machine, sp) } else { softmax() };
-        let mut candidates = Vec::new();
-        for name in names {
-            // Layers of the other kind take what they take, whatever this one does.
-            let work = Workload::one(&config, sp, config.train.seq_len);
-            let (found, out_of_memory) = match Method::parse(&name).and_then(|method| predict(machine, &method, &work))
-            {
-                Ok(Prediction { step_s, exposed_s, out_of_memory, .. }) => (Ok((step_s, exposed_s)), out_of_memory),
-                Err(error) => (Err(error.to_string()), false),
-            };
-            candidates.push(Candidate { method: name, found, out_of_memory });
-        }
-        let time = |candidate: &Candidate| candidate.found.as_ref().map_or(f64::INFINITY, |(step, _)| *step);
-        let fits = |candidate: &&Candidate| candidate.found.is_ok() && !candidate.out_of_memory;
-        let quickest = |of: &mut dyn Iterator<Item = &Candidate>| -> Option<Candidate> {
-            of.min_by(|a, b| time(a).total_cmp(&time(b))).cloned()
-        };
-        let best = quickest(&mut candidates.iter().filter(fits));
-        let best = best.or_else(|| quickest(&mut candidates.iter().filter(|candidate| candidate.found.is_ok())));
-        let Some(best) = best else {
+        // Layers of the other kind take what they take, whatever this one does.
+        let work = Workload::one(&config, sp, config.train.seq_len);
+        let candidates = candidates(machine, kind, sp, |method| {
+            let Prediction { step_s, exposed_s, out_of_memory, .. } = predict(machine, method, &work)?;
+            Ok((step_s, exposed_s, out_of_memory))
+        });
+        let Some(best) = best(&candidates) else {
             // All fail for the same reason: the point itself.
-            predict(machine, &Method::parse("lasp2")?, &Workload::one(&config, sp, config.train.seq_len))?;
+            predict(machine, &Method::parse("lasp2")?, &work)?;
             continue;
         };
         match kind {
-            LayerKind::Linear => config.parallel.linear_method.clone_from(&best.method),
-            LayerKind::Softmax => config.parallel.softmax_method.clone_from(&best.method),
+            LayerKind::Linear => config.parallel.linear_method.clone_from(&best),
+            LayerKind::Softmax => config.parallel.softmax_method.clone_from(&best),
         }
-        choices.push(Choice { kind, method: best.method, candidates });
+        choices.push(Choice { kind, method: best, candidates });
     }
     Ok(choices)
+}
+
+/// The quickest method for one operator by itself, of the configuration's sizes, length and layout: forward and, if wanted,
+/// backward. `None` if no candidate can run.
+pub fn choose_operator(
+    machine: &Machine,
+    config: &Config,
+    kind: LayerKind,
+    ranks: usize,
+    backward: bool,
+) -> Result<Option<Choice>> {
+    let work = Workload::one(config, ranks, config.train.seq_len);
+    let predict = |method: &Method| {
+        let [seconds, exposed] = operator_seconds(machine, method, kind, &work, backward)?;
+        Ok((seconds, exposed, false))
+    };
+    let candidates = candidates(machine, kind, ranks, predict);
+    let Some(method) = best(&candidates) else {
+        // Of linear layers all fail for the same reason; of softmax layers LASP-2H runs wherever any does.
+        predict(&Method::parse(if kind == LayerKind::Linear { "lasp2" } else { "lasp2h" })?)?;
+        return Ok(None);
+    };
+    Ok(Some(Choice { kind, method, candidates }))
 }
 
 #[cfg(test)]

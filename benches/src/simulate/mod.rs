@@ -31,7 +31,7 @@ pub use costs::Pass;
 pub use machine::Machine;
 pub use memory::MemoryUse;
 pub use method::Method;
-pub use step::{attention_share, exchange_seconds, predict, step_seconds};
+pub use step::{attention_share, exchange_seconds, layer_seconds, operator_seconds, predict, step_seconds};
 
 pub type Result<T> = std::result::Result<T, Error>;
 

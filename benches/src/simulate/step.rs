@@ -2,7 +2,7 @@
 //! layer's order of work is that of `runtime::sequence::linear`: summarize, exchange in flight, intra-rank work, wait, add;
 //! backward is its mirror.
 
-use runtime::config::{Config, LayerKind, LayoutKind, ParallelConfig};
+use runtime::config::{Config, DeviceKind, LayerKind, LayoutKind, ParallelConfig};
 use runtime::estimate::{self, Estimate};
 use runtime::sequence::method;
 
@@ -59,6 +59,9 @@ fn on_host(host: &Host, costs: &Costs, method: &Method, work: &Workload, free: b
     let unhindered = host.unhindered();
     let host = if free { &unhindered } else { host };
     let network = if free { None } else { host.network()? };
+    let dense = [Pass::Forward, Pass::Backward].map(|pass| dense_on_host(host, costs, method, work, pass));
+    let [dense_forward, dense_backward] = dense;
+    let (dense_forward, dense_backward) = (dense_forward?, dense_backward?);
     // Costs are those of a rank with a core for itself.
     let (sharing, passes) = (work.world() as f64 / host.cores as f64, work.passes as f64);
     let update = parameter_bytes(costs.machine(), work.world()).iter().sum::<f64>() * costs.parameters();
@@ -73,12 +76,68 @@ fn on_host(host: &Host, costs: &Costs, method: &Method, work: &Workload, free: b
         if layers > 0.0 {
             let [forward, backward] =
                 host::operator(host, network, work.config, method, softmax, work.gpus, work.seq_len)?;
-            let dense = |pass: Pass| costs.dense(kind, pass).iter().sum::<f64>();
+            let dense = |pass: Pass, factor: f64| factor * costs.dense(kind, pass).iter().sum::<f64>();
             seconds += passes * crowd * layers * (again * forward + backward);
-            local += passes * layers * (again * dense(Pass::Forward) + dense(Pass::Backward));
+            local +=
+                passes * layers * (again * dense(Pass::Forward, dense_forward) + dense(Pass::Backward, dense_backward));
         }
     }
     Ok(seconds + sharing * local)
+}
+
+/// Seconds of a layer's forward and of its backward, of ranks that share the cores of a host.
+pub fn layer_seconds(
+    machine: &Machine,
+    host: &Host,
+    method: &Method,
+    kind: LayerKind,
+    work: &Workload,
+) -> Result<[f64; 2]> {
+    let (costs, _) = costs(machine, method, work)?;
+    let softmax = kind == LayerKind::Softmax;
+    let mut seconds = host::operator(host, host.network()?, work.config, method, softmax, work.gpus, work.seq_len)?;
+    for (seconds, pass) in seconds.iter_mut().zip([Pass::Forward, Pass::Backward]) {
+        let dense = dense_on_host(host, &costs, method, work, pass)? * costs.dense(kind, pass).iter().sum::<f64>();
+        *seconds += work.world() as f64 / host.cores as f64 * dense;
+    }
+    Ok(seconds)
+}
+
+/// By how much a layer without its operator takes longer on a host than its operations and bytes say.
+fn dense_on_host(host: &Host, costs: &Costs, method: &Method, work: &Workload, pass: Pass) -> Result<f64> {
+    host.dense_factor(costs.dim, pass, work.world(), costs.tokens, |config| {
+        let (measured, _) = self::costs(costs.machine(), method, &Workload::one(config, work.gpus, work.seq_len))?;
+        Ok(measured.dense(LayerKind::Linear, pass).iter().sum())
+    })
+}
+
+/// Seconds of the operator of one kind of layer by itself, forward and, if wanted, backward; and by how much it would be shorter if
+/// communication took no time.
+pub fn operator_seconds(
+    machine: &Machine,
+    method: &Method,
+    kind: LayerKind,
+    work: &Workload,
+    backward: bool,
+) -> Result<[f64; 2]> {
+    let (costs, _) = costs(machine, method, work)?;
+    let passes: &[Pass] = if backward { &[Pass::Forward, Pass::Backward] } else { &[Pass::Forward] };
+    let seconds = |free: bool| -> Result<f64> {
+        let Some(host) = &machine.host else {
+            let network = if free { Network::free(machine) } else { Network::new(machine) };
+            let timeline = Timeline::new(work.gpus, 0.0);
+            let mut step = Step { machine, costs: &costs, method, network, timeline, begun: 0.0 };
+            passes.iter().try_for_each(|&pass| step.operator(kind, pass))?;
+            return Ok(step.timeline.end());
+        };
+        let (unhindered, network) = (host.unhindered(), if free { None } else { host.network()? });
+        let host = if free { &unhindered } else { host };
+        let softmax = kind == LayerKind::Softmax;
+        let both = host::operator(host, network, work.config, method, softmax, work.gpus, work.seq_len)?;
+        Ok(both.iter().take(passes.len()).sum())
+    };
+    let whole = seconds(false)?;
+    Ok([whole, whole - seconds(true)?])
 }
 
 /// One exchange of states by itself, forward, from summaries ready everywhere until the last rank has its entry states.
@@ -126,6 +185,8 @@ pub(super) fn resolved(config: &Config, layout: LayoutKind, gpus: usize, seq_len
             any.clone_into(chosen);
         }
     }
+    // Activations are those of plain tensor code; the machine's description says by how much a trainer keeps less.
+    config.train.device = DeviceKind::Cpu;
     (config.train.batch, config.train.micro_batch, config.train.seq_len) = (1, 1, seq_len);
     config.resolve_ranks(gpus)?;
     Ok(config)
@@ -198,7 +259,14 @@ impl Step<'_> {
         let [before, after] = self.costs.dense(kind, pass);
         // Backward comes to the mixer from the other side.
         let (enter, leave) = if pass == Pass::Forward { (before, after) } else { (after, before) };
-        let ready = self.timeline.work(enter);
+        self.timeline.work(enter);
+        self.operator(kind, pass)?;
+        self.timeline.work(leave);
+        Ok(())
+    }
+
+    fn operator(&mut self, kind: LayerKind, pass: Pass) -> Result<()> {
+        let ready = self.timeline.computed().to_vec();
         let attend = |left_product| attend(self.costs, self.network, pass, left_product);
         match (kind, self.method.linear) {
             (LayerKind::Softmax, _) => attend(false).run(&mut self.timeline, self.method.softmax, &ready)?,
@@ -206,7 +274,6 @@ impl Step<'_> {
             (_, Linear::MegatronSpLeftProduct) => attend(true).run(&mut self.timeline, Softmax::MegatronSp, &ready)?,
             (LayerKind::Linear, _) => self.linear(pass),
         }
-        self.timeline.work(leave);
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 #include <malloc.h>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -100,6 +101,9 @@ char* lasp_backward(at::Tensor* output, at::Tensor* grad) {
 
 // Linkers drop libtorch_cuda, as nothing refers to it: opened before the first tensor, it registers itself.
 char* lasp_open_cuda() {
+  // Streams share so many queues to a GPU, by default 8, and wait for what others have put into the same one: a send behind a
+  // receive that waits for another rank could wait for ever.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   if (dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr) return nullptr;
   const char* why = dlerror();
   return strdup(why == nullptr ? "dlopen failed" : why);

@@ -5,6 +5,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::Tensor;
 use torch_sys::C_tensor;
@@ -176,14 +177,26 @@ pub fn reset_peak_memory(device: usize) -> Result<()> {
     unsafe { check(lasp_reset_peak_memory(device as c_int)) }
 }
 
-/// Records, until [`profile_end`] on the same thread, what libtorch does there and, with `cuda`, what the GPUs do.
-pub fn profile_begin(cuda: bool) -> Result<()> {
+/// Whether a thread of this process profiles; libtorch's profiler takes one at a time.
+static PROFILING: AtomicBool = AtomicBool::new(false);
+
+/// Records, until [`profile_end`] on the same thread, what libtorch does there and, with `cuda`, what the GPUs do. `false`, and
+/// nothing is recorded, while another thread of this process does that.
+pub fn profile_begin(cuda: bool) -> Result<bool> {
+    if PROFILING.swap(true, Ordering::AcqRel) {
+        return Ok(false);
+    }
     // SAFETY: takes no pointer.
-    unsafe { check(lasp_profile_begin(c_int::from(cuda))) }
+    let begun = unsafe { check(lasp_profile_begin(c_int::from(cuda))) };
+    if begun.is_err() {
+        PROFILING.store(false, Ordering::Release);
+    }
+    begun.map(|()| true)
 }
 
-/// Writes what was recorded to `path`, in the trace format of Chrome and Perfetto.
+/// Writes what was recorded to `path`, in the trace format of Chrome and Perfetto. Only after a [`profile_begin`] that was true.
 pub fn profile_end(path: &Path) -> Result<()> {
+    PROFILING.store(false, Ordering::Release);
     let path = CString::new(path.to_string_lossy().as_bytes()).map_err(|e| Error::Libtorch(e.to_string()))?;
     // SAFETY: `path` outlives the call.
     unsafe { check(lasp_profile_end(path.as_ptr())) }

@@ -212,6 +212,17 @@ pub trait StateMixer: Send + Sync {
     fn forward(&self, x: &Inputs, entry: Option<&Tensor>) -> Result<Box<dyn ForwardSegment>>;
     /// The same segment in backward; `entry` is now the whole truth about the state at its start. do: `[B, T, H, V]`.
     fn backward(&self, x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor) -> Result<Box<dyn BackwardSegment>>;
+    /// [`StateMixer::backward`] with what [`ForwardSegment::take_saved`] gave for the same segment and the same `entry`, for
+    /// a mixer that would compute that again.
+    fn backward_with(
+        &self,
+        x: &Inputs,
+        entry: Option<&Tensor>,
+        d_o: &Tensor,
+        _saved: Option<Vec<Tensor>>,
+    ) -> Result<Box<dyn BackwardSegment>> {
+        self.backward(x, entry, d_o)
+    }
 }
 
 /// The fastest mixer there is: on Hopper GPUs their own kernels where these take the inputs, else chunkwise. `chunk`, `scale`:
@@ -229,6 +240,11 @@ pub trait ForwardSegment: Send {
     fn run(&mut self) -> Result<()>;
     /// Adds what a further entry state contributes to the outputs: `scale (q_i e^{b_i}) P`.
     fn add_entry(&mut self, entry: &Tensor) -> Result<()>;
+    /// States inside the segment, all entries added, that save backward computing them again; in a form of the mixer's own.
+    /// Once, after [`ForwardSegment::run`] and the last [`ForwardSegment::add_entry`].
+    fn take_saved(&mut self) -> Result<Option<Vec<Tensor>>> {
+        Ok(None)
+    }
     /// o `[B, T, H, V]`, in the kind of the inputs.
     fn finish(self: Box<Self>) -> Result<Tensor>;
 }

@@ -12,13 +12,14 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use collectives::Group;
-use runtime::config::LayoutKind;
+use runtime::config::{Config, DecayKind, LayerKind, LayoutKind};
+use runtime::sequence::method::AUTO;
 use runtime::sequence::{Layout, method};
 use runtime::tensor_file;
 use tch::{Device, Kind, Tensor};
 
 use crate::identity::Launcher;
-use crate::{job, output};
+use crate::{auto, job, output};
 
 /// Run one attention operator, sharded over ranks, on tensors of a safetensors file
 #[derive(clap::Args)]
@@ -61,8 +62,8 @@ pub struct Args {
 fn methods() -> String {
     let (linear, softmax) = (method::LINEAR, method::ATTENTIONS);
     format!(
-        "How ranks exchange what they know, with settings as in {}:blocks=8 [default: {} for linear, {} for softmax] \
-         [possible values: linear: {}; softmax: {}]",
+        "How ranks exchange what they know, with settings as in {}:blocks=8; {AUTO}: as the cost model finds quickest here \
+         [default: {} for linear, {} for softmax] [possible values: linear: {}; softmax: {}; {AUTO}]",
         "all_scan",
         linear[0],
         softmax[0],
@@ -126,6 +127,7 @@ enum Place {
 }
 
 /// What is asked for, as the parts of this command know it.
+#[derive(Clone)]
 struct Task {
     mixer: Mixer,
     method: String,
@@ -146,10 +148,15 @@ impl Task {
         let method = args.method.as_deref().unwrap_or(methods[0]);
         let expected = match args.mixer {
             Mixer::Linear => method::check_linear(method).err(),
-            Mixer::Softmax => (!methods.contains(&method)).then(|| format!("one of {}", methods.join(", "))),
+            Mixer::Softmax => (!methods.contains(&method)).then(|| format!("one of {}, {AUTO}", methods.join(", "))),
         };
-        if let Some(expected) = expected {
+        if let Some(expected) = expected.filter(|_| method != AUTO) {
             bail!("--method: found {method:?}, expected for --mixer {mixer} {expected}");
+        }
+        if args.mask == Mask::Full && method == AUTO {
+            bail!(
+                "--method: found {AUTO:?} with --mask full, expected the name of a method: the cost model knows causal attention only"
+            );
         }
         if args.mask == Mask::Full && method::left_product(method).is_some() {
             bail!(
@@ -178,6 +185,41 @@ impl Task {
             scale: args.scale,
             device: args.device,
         })
+    }
+
+    /// What the cost model is asked about. It knows one sequence, and heads whose keys are as wide as their values.
+    fn config(&self, whole: &inputs::Inputs) -> Config {
+        let sizes = whole.sizes;
+        let mut config = Config::default();
+        let model = &mut config.model;
+        (model.heads, model.kv_heads, model.chunk) = (sizes.heads, sizes.kv_heads, self.chunk);
+        model.dim = sizes.heads * sizes.key.max(sizes.value);
+        model.decay = match whole.log_decay.as_ref().map(Tensor::dim) {
+            None => DecayKind::None,
+            Some(1) => DecayKind::Lightning,
+            Some(3) => DecayKind::Token,
+            Some(_) => DecayKind::Channel,
+        };
+        config.train.seq_len = sizes.tokens as usize;
+        config.parallel.layout = self.layout;
+        config
+    }
+
+    /// The same task with a method, where that is left to the cost model. Collective; `whole` is there on rank 0.
+    fn decided(&self, world: &Group, whole: Option<&inputs::Inputs>) -> Result<Task> {
+        let mut task = self.clone();
+        if task.method == AUTO {
+            let config = whole.map(|whole| self.config(whole));
+            let kind = match self.mixer {
+                Mixer::Linear => LayerKind::Linear,
+                Mixer::Softmax => LayerKind::Softmax,
+            };
+            let backward = whole.is_some_and(|whole| whole.d_o.is_some());
+            let gpu = self.device == Place::Cuda;
+            let operator = auto::Operator { kind, backward, gpu, network: None, option: "--method" };
+            task.method = operator.agree(config.as_ref(), world)?;
+        }
+        Ok(task)
     }
 
     /// Whether the method knows neither states nor decays that depend on the data.
@@ -215,7 +257,7 @@ fn on_rank(args: &Args, task: &Task, world: &Group) -> Result<()> {
     let whole = if world.rank() == 0 {
         check_output(args)?;
         let whole = inputs::read(&args.input, task).with_context(|| format!("--input {}", args.input.display()))?;
-        if task.mixer == Mixer::Softmax {
+        if task.mixer == Mixer::Softmax && task.method != AUTO {
             let check = method::attention(&task.method)?.check(whole.sizes.heads, world.size());
             check.with_context(|| format!("--ranks {}", world.size()))?;
         }
@@ -223,6 +265,7 @@ fn on_rank(args: &Args, task: &Task, world: &Group) -> Result<()> {
     } else {
         None
     };
+    let task = &task.decided(world, whole.as_ref())?;
     let (layout, share) = exchange::distribute(task, world, whole)?;
     let results = operator::run(task, world, layout.clone(), share)?;
     let results = collect(task, world, &layout, results)?;

@@ -1,26 +1,39 @@
 //! Memory of one rank, in bytes, counted tensor by tensor: what lives through a step, what forward keeps for backward, and
-//! what an operator, the loss, a gather and the update need besides, only one of them at a time.
+//! what an operator, the loss, a method's messages and the update need besides, only one of them at a time.
+//!
+//! With `train.device = "cuda"` it is what `model::fused` keeps and works with, on a GPU of compute capability 9.0, where
+//! kernels compute linear attention in bf16.
 
 use serde::Serialize;
 
 use super::{Parameters, Sizes};
-use crate::config::{Config, DecayKind};
+use crate::config::{Config, DecayKind, DeviceKind, Dtype};
 use crate::model::{DECAY_RANK, loss};
 use crate::sequence::attention::Lasp2h;
+use crate::sequence::method;
+
+/// Multiprocessors of the largest such GPU: a state in f32 is kept for each, and one more for each head.
+const MULTIPROCESSORS: i64 = 132;
+
+/// Queries, and keys, of a block of scores of the left products.
+const SCORES: i64 = 512;
 
 /// Of the rank with the most tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Memory {
     pub weights: i64,
-    /// Those of the last backward, and their sum over a step's passes.
+    /// Into which every backward of a step adds.
     pub gradients: i64,
-    /// Two moments and, for bf16 weights, the master weights.
+    /// Two moments and, for bf16 weights, the master weights; on a GPU only the half of these that the weights are not.
     pub optimizer: i64,
+    pub master_weights: bool,
     pub activations: Activations,
-    /// The largest of the mixers at work in backward.
+    /// The largest of the operators at work in backward.
     pub operator: i64,
-    /// Keys, values and states of other ranks, with their gradients.
+    /// What the larger of the two methods holds for and of other ranks, with its sums.
     pub gathers: i64,
+    /// The gradient of a tied output projection, which waits for the embedding's.
+    pub projection: i64,
     /// One chunk of logits, and the gradient of the output projection.
     pub loss: i64,
     /// What AdamW computes with, and the gradient summed over ranks.
@@ -41,20 +54,31 @@ pub struct Activations {
 }
 
 pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memory {
-    let p = parameters.total;
-    let master = if s.width < s.wide { 1 } else { 0 };
+    let (p, gpu) = (parameters.total, gpu(config));
     let ranks = config.parallel.sp * config.parallel.dp;
     let reduced = i64::from(ranks > 1);
+    // As in `train::step`: nothing is added to the gradient of one backward.
+    let one_backward = ranks == 1 && config.train.batch <= config.train.micro_batch;
+    let gradient = if gpu && one_backward { s.width } else { s.wide };
+    let fused_update = gpu && config.train.dtype == Dtype::Bf16;
+    let master = match s.width < s.wide {
+        true if fused_update => s.wide - s.width,
+        true => s.wide,
+        false => 0,
+    };
+    // The square of the gradient, the root, the step.
+    let steps = if fused_update { 0 } else { 3 * s.wide };
     let activations = activations(config, s);
     let mut memory = Memory {
         weights: p * s.width,
-        gradients: p * (s.width + s.wide),
-        optimizer: p * s.wide * (2 + master),
-        operator: operator(s),
+        gradients: p * gradient,
+        optimizer: p * (2 * s.wide + master),
+        master_weights: master > 0,
+        operator: operator(config, s),
         gathers: gathers(config, s),
-        loss: loss(s),
-        // The square of the gradient, the root, the step.
-        update: p * s.wide * (3 + reduced),
+        projection: if config.model.tied { s.vocab * s.d * s.width } else { 0 },
+        loss: loss(config, s),
+        update: p * (steps + gradient * reduced),
         activations,
         total: 0,
     };
@@ -63,9 +87,90 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
     } else {
         memory.activations.without_checkpointing
     };
-    let pass = kept + memory.loss.max(memory.operator + memory.gathers);
+    let pass = kept + memory.loss.max(memory.operator + memory.gathers + memory.projection);
     memory.total = memory.weights + memory.gradients + memory.optimizer + pass.max(memory.update);
     memory
+}
+
+fn gpu(config: &Config) -> bool {
+    config.train.device == DeviceKind::Cuda
+}
+
+fn left_product(config: &Config) -> bool {
+    method::left_product(&config.parallel.linear_method).is_some()
+}
+
+/// Whether linear layers run in the kernels of linear.cu.
+fn kernels(config: &Config, s: &Sizes) -> bool {
+    gpu(config)
+        && config.train.dtype == Dtype::Bf16
+        && config.model.decay != DecayKind::Channel
+        && s.k % 8 == 0
+        && !left_product(config)
+}
+
+/// What one rank's softmax attention computes at once.
+struct Attended {
+    heads: i64,
+    kv_heads: i64,
+    queries: i64,
+    keys: i64,
+}
+
+fn attended(config: &Config, s: &Sizes) -> Attended {
+    let per_kv = s.h / s.kv.max(1);
+    let share = |rank: i64| (s.h * rank / s.w, s.h * (rank + 1) / s.w);
+    match config.parallel.softmax_method.as_str() {
+        "ring" => Attended { heads: s.h, kv_heads: s.kv, queries: s.t, keys: s.t },
+        // KV heads are repeated until each serves equally many of a rank's query heads.
+        "ulysses" | "megatron_sp" => {
+            let kv_heads = |(from, to): (i64, i64)| (to - from) / gcd(gcd(from, to), per_kv);
+            let ranks = || (0..s.w).map(share);
+            let heads = ranks().map(|(from, to)| to - from).max().unwrap_or(0);
+            Attended { heads, kv_heads: ranks().map(kv_heads).max().unwrap_or(0), queries: s.l, keys: s.l }
+        }
+        _ => {
+            let kv_heads = Lasp2h::default().stages(s.kv).into_iter().map(|(_, heads)| heads).max().unwrap_or(0);
+            Attended { heads: kv_heads * per_kv, kv_heads, queries: s.t, keys: s.l }
+        }
+    }
+}
+
+/// At least 1.
+fn gcd(a: i64, b: i64) -> i64 {
+    if b == 0 { a.max(1) } else { gcd(b, a % b) }
+}
+
+/// q, k, v, o and the log-sum-exp as a softmax method keeps them: of this rank's tokens, or of this rank's heads.
+fn kept_attention(config: &Config, s: &Sizes) -> i64 {
+    let at = attended(config, s);
+    let o = s.b * s.t * s.h * s.k;
+    match config.parallel.softmax_method.as_str() {
+        "ulysses" | "megatron_sp" => {
+            let whole = 2 * (at.heads + at.kv_heads) * s.k * s.width + at.heads * s.wide;
+            // Beside it o of this rank's tokens.
+            s.b * s.l * whole + o * s.width
+        }
+        name => {
+            // The ring keeps the sum of its steps, o before it is rounded.
+            let sums = if name == "ring" && s.width < s.wide { o * s.wide } else { 0 };
+            s.b * s.t * (2 * (s.h + s.kv) * s.k * s.width + s.h * s.wide) + sums
+        }
+    }
+}
+
+/// Numbers of the decay for a token.
+fn decays(config: &Config, s: &Sizes) -> i64 {
+    match config.model.decay {
+        DecayKind::None | DecayKind::Lightning | DecayKind::Retention => 0,
+        DecayKind::Token => s.h,
+        DecayKind::Channel => s.d,
+    }
+}
+
+/// What a fused MLP keeps: its input, gate and up, and one number of the norm.
+fn kept_mlp(s: &Sizes) -> i64 {
+    s.b * s.t * ((s.d + 2 * s.mlp) * s.width + s.wide)
 }
 
 fn activations(config: &Config, s: &Sizes) -> Activations {
@@ -73,19 +178,32 @@ fn activations(config: &Config, s: &Sizes) -> Activations {
     // An RMS norm of n numbers keeps them, widened, and normalised; and gives n numbers, kept as an input.
     let norm = |n: i64| n * (s.wide + 2 * s.width);
     let mlp = norm(s.d) + 4 * s.mlp * s.width;
-    let decay = match config.model.decay {
-        DecayKind::None | DecayKind::Lightning | DecayKind::Retention => 0,
-        DecayKind::Token => 2 * s.h,
-        DecayKind::Channel => 2 * s.d + DECAY_RANK,
-    };
+    let rank = if config.model.decay == DecayKind::Channel { DECAY_RANK } else { 0 };
     // The gate before and after SiLU, and its product with o.
     let gate = if config.model.output_gate { 3 * s.d } else { 0 };
-    // q and k before and after SiLU, v.
-    let linear = tokens * (norm(s.d) + (5 * s.d + decay + gate) * s.width + norm(s.d) + mlp)
-        + s.slots * s.b * s.h * s.k * s.k * s.wide;
-    // q, k, v, o and the log-sum-exp.
-    let softmax = tokens * (norm(s.d) + 2 * (s.d + s.kv * s.k) * s.width + s.h * s.wide + mlp);
-    let last = tokens * (norm(s.d) + s.d * s.width);
+    let states = s.slots * s.b * s.h * s.k * s.k * s.wide;
+    // q and k before and after SiLU, v; the last three of a rank's heads where those are what a left product keeps.
+    let qkv = match config.parallel.linear_method.as_str() {
+        "megatron_sp_left_product" => 2 * tokens * s.d + 3 * s.b * s.l * (s.h + s.w - 1) / s.w * s.k,
+        _ => 5 * tokens * s.d,
+    };
+    let mut linear = tokens * (norm(s.d) + (2 * decays(config, s) + rank + gate) * s.width + norm(s.d) + mlp)
+        + qkv * s.width
+        + states;
+    let mut softmax = tokens * (norm(s.d) + mlp) + kept_attention(config, s);
+    let mut last = tokens * (norm(s.d) + s.d * s.width);
+    if gpu(config) {
+        let normed = tokens * (s.d * s.width + s.wide);
+        if !left_product(config) {
+            // q, k, v before their activation, o, the gate.
+            let of_token = 4 * s.d + decays(config, s) + if config.model.output_gate { s.d } else { 0 };
+            let inner = if kernels(config, s) { (MULTIPROCESSORS + s.b * s.h) * s.k * s.k * s.wide } else { 0 };
+            linear = normed + tokens * of_token * s.width + states + inner + kept_mlp(s);
+        }
+        softmax = normed + kept_attention(config, s) + kept_mlp(s);
+        // The input of the last norm, and its output.
+        last = normed + tokens * s.d * s.width;
+    }
     Activations {
         linear_layer: linear,
         softmax_layer: softmax,
@@ -97,29 +215,77 @@ fn activations(config: &Config, s: &Sizes) -> Activations {
     }
 }
 
-fn operator(s: &Sizes) -> i64 {
+fn operator(config: &Config, s: &Sizes) -> i64 {
     let chunk = s.chunk.min(s.t.max(1));
-    // Widened q, k, v, do and the gradients; a state and its gradient a chunk. Scores exist for a few chunks at a time.
-    let states = s.t.div_euclid(chunk) * s.h * s.k * s.k;
-    let linear = s.b * s.wide * (7 * s.t * s.d + 2 * states);
-    // Of one stage: q, o, do, dq, and k, v of the whole sequence with their gradients.
-    let heads = stage(s);
-    let softmax = s.b * s.wide * heads * s.k * (4 * s.t * (s.h / s.kv) + 4 * s.l);
-    largest(s, linear, softmax)
+    let tokens = s.b * s.t;
+    let linear = if left_product(config) {
+        // q, k, v, do and the gradients, widened, of all tokens that this rank's heads see; scores, their gradient and mask.
+        let (heads, length) = match config.parallel.linear_method.as_str() {
+            "megatron_sp_left_product" => ((s.h + s.w - 1) / s.w, s.l),
+            _ => (s.h, s.t),
+        };
+        let block = SCORES.min(length);
+        s.b * heads * s.wide * (7 * length * s.k + 3 * block * block)
+    } else if kernels(config, s) {
+        // q and k after their activation, dq, dk, dv.
+        5 * tokens * s.d * s.width
+    } else {
+        // Widened q, k, v, do and the gradients; a state and its gradient a chunk. Scores exist for a few chunks at a time.
+        let states = s.t.div_euclid(chunk) * s.h * s.k * s.k;
+        s.b * s.wide * (7 * s.t * s.d + 2 * states)
+    };
+    let at = attended(config, s);
+    let softmax = if gpu(config) && config.train.dtype == Dtype::Bf16 {
+        // k, v and their gradients for every query head, dq; the sums of dq, dk, dv in f32.
+        let narrow = at.heads * (at.queries + 4 * at.keys) * s.width;
+        s.b * s.k * (narrow + (at.heads * at.queries + 2 * at.kv_heads * at.keys) * s.wide)
+    } else {
+        // q, o, do, dq, and k, v with their gradients.
+        s.b * s.wide * s.k * (4 * at.queries * at.heads + 4 * at.keys * at.kv_heads)
+    };
+    if !gpu(config) {
+        return largest(s, linear, softmax);
+    }
+    // Beside a mixer the gradients of the half's output and of o; its layer's MLP is done. At work in the MLP: the gradients
+    // of output and hidden values, the norm's output and its gradient.
+    let beside = 2 * tokens * s.d * s.width - kept_mlp(s);
+    let mlp = tokens * (3 * s.d + s.mlp) * s.width;
+    mlp.max(largest(s, linear, softmax) + beside)
 }
 
+/// What a method holds in backward beside the operator's own tensors.
 fn gathers(config: &Config, s: &Sizes) -> i64 {
     if s.w == 1 {
         return 0;
     }
-    let decay = match config.model.decay {
-        DecayKind::Token => s.h,
-        DecayKind::Channel => s.h * s.k,
-        DecayKind::None | DecayKind::Lightning | DecayKind::Retention => 0,
+    let summary = s.slots * s.b * (s.h * s.k * s.k + decays(config, s)) * s.wide;
+    // A block of keys and values here, one that came and one that comes; their sums: of the own block, of this rank's share,
+    // under way, and coming.
+    let ring = |heads: i64| s.b * s.t * 2 * heads * s.k * (3 * s.width + 4 * s.wide);
+    let (whole, at) = (s.b * s.l * s.h * s.k, attended(config, s));
+    let name = config.parallel.linear_method.split(':').next().unwrap_or_default();
+    let linear = match name {
+        // What is on its way here and on to the next rank.
+        "lasp1" | "all_scan" => 3 * summary,
+        // Those of the node, and what crosses nodes in two directions.
+        "hierarchical" => {
+            let node = method::node_size(&config.parallel.linear_method).map_or(s.w, |node| s.w.min(node as i64));
+            (node + 3) * summary
+        }
+        "ring_left_product" => ring(s.h),
+        // dq, dk, dv with zeros for other ranks' heads, and in rank order.
+        "megatron_sp_left_product" => 2 * 3 * whole * s.width,
+        _ => (s.w + 1) * summary,
     };
-    let linear = (s.w + 1) * s.slots * s.b * (s.h * s.k * s.k + decay) * s.wide;
-    // Two stages under way, and the gradients of all that wait for their sum.
-    let softmax = s.b * s.l * 2 * s.k * (2 * stage(s) * s.width + s.kv * s.wide);
+    let softmax = match config.parallel.softmax_method.as_str() {
+        "ring" => ring(s.kv),
+        // do, and then dk and dv of this rank's heads: before, while and after they travel.
+        "ulysses" => 3 * (s.b * s.t * s.h * s.k * s.width + 2 * s.b * s.l * at.kv_heads * s.k * s.wide),
+        // do of all heads; dq with zeros for other ranks' heads, and in rank order; so dk and dv.
+        "megatron_sp" => 3 * whole * s.width + 2 * s.b * s.l * 2 * s.kv * s.k * s.wide,
+        // Two stages under way, and the gradients of all that wait for their sum.
+        _ => s.b * s.l * 2 * s.k * (2 * at.kv_heads * s.width + s.kv * s.wide),
+    };
     largest(s, linear, softmax)
 }
 
@@ -129,14 +295,16 @@ fn largest(s: &Sizes, linear: i64, softmax: i64) -> i64 {
     of(s.linear_layers, linear).max(of(s.softmax_layers, softmax))
 }
 
-/// KV heads of the largest stage of LASP-2H.
-fn stage(s: &Sizes) -> i64 {
-    Lasp2h::default().stages(s.kv).into_iter().map(|(_, heads)| heads).max().unwrap_or(0)
-}
-
-fn loss(s: &Sizes) -> i64 {
-    let chunk = loss::chunk(s.vocab, s.b * s.t);
+fn loss(config: &Config, s: &Sizes) -> i64 {
+    let tokens = s.b * s.t;
     let narrow = if s.width < s.wide { s.width } else { 0 };
+    let d_hidden = tokens * s.d * s.width;
+    if gpu(config) && config.train.dtype == Dtype::Bf16 {
+        // Logits, or when they are gone the gradient of the projection once more, rounded.
+        let logits = loss::chunk_cuda(s.vocab, tokens) * s.vocab * s.width;
+        return s.vocab * s.d * s.wide + logits.max(s.vocab * s.d * narrow) + d_hidden;
+    }
+    let chunk = if gpu(config) { loss::chunk_cuda(s.vocab, tokens) } else { loss::chunk(s.vocab, tokens) };
     // Logits, their log-softmax and gradient; the gradient of the projection; that of the hidden states.
-    chunk * s.vocab * (s.width + 2 * s.wide) + s.vocab * s.d * (s.wide + narrow) + s.b * s.t * s.d * s.width
+    chunk * s.vocab * (s.width + 2 * s.wide) + s.vocab * s.d * (s.wide + narrow) + d_hidden
 }

@@ -11,7 +11,8 @@ use super::block::Mlp;
 use super::linear_layer::LinearLayer;
 use super::softmax_layer::SoftmaxLayer;
 use super::{Context, Result};
-use crate::sequence::{attention, linear};
+use crate::config::LayerKind;
+use crate::sequence::{Place, attention, linear};
 
 type Grads = kernels::Result<Vec<Option<Tensor>>>;
 
@@ -130,6 +131,7 @@ pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &
         let mut given = Inputs::new(&q_on, &k_on, &by_heads(&v)?, log_decay.as_ref())?;
         given.decay_grad = layer.learns_decay();
         drop((q_on, k_on));
+        let _place = shard.at(Place::Forward(LayerKind::Linear));
         let linear::Forward { o, saved, .. } = linear::forward(&shard, layer.mixer.as_ref(), given, None)?;
         let mixed = block::gated_norm(&o, &layer.o_norm, gate.as_ref(), eps)?;
         let y = add_projection(x, &mixed.f_view([b * t, d])?, &layer.wo)?;
@@ -151,7 +153,9 @@ pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &
         let block::GatedNormGrads { d_o, d_weight: d_o_norm, d_gate, .. } = head;
 
         (saved.inputs().q, saved.inputs().k) = (by_heads(&block::silu(&q)?)?, by_heads(&block::silu(&k)?)?);
+        let place = shard.at(Place::Backward(LayerKind::Linear));
         let back = linear::backward(&shard, layer.mixer.as_ref(), saved, &d_o).map_err(|e| e.into_kernels())?.grads;
+        drop(place);
         drop((d_o, v));
         let (dq, dk) =
             (block::silu_backward(&q, rows_of(back.dq, d)?)?, block::silu_backward(&k, rows_of(back.dk, d)?)?);
@@ -209,6 +213,7 @@ pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &C
         let (q, k, v) = (turned(&layer.wq)?, turned(&layer.wk)?, by_heads(&project(&n, &layer.wv)?)?);
         drop(n);
         let given = attention::Inputs::new(&q, &k, &v, layer.scale(), true)?;
+        let _place = shard.at(Place::Forward(LayerKind::Softmax));
         let attention::Forward { o, saved } = shard.attention.forward(&shard, &given)?;
         let y = add_projection(x, &o.f_reshape([b * t, d])?, &layer.wo)?;
         (y, normed, o, saved)
@@ -222,7 +227,9 @@ pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &C
         let d_wo = weight_grad(wo, &dy_rows, &o.f_reshape([b * t, d])?)?;
         let d_o = dy_rows.f_mm(wo)?.f_view(o.size().as_slice())?;
         drop(o);
+        let place = shard.at(Place::Backward(LayerKind::Softmax));
         let back = shard.attention.backward(&shard, saved, &d_o).map_err(|e| e.into_kernels())?;
+        drop(place);
         drop(d_o);
         let flat = |x: Tensor, w: &Tensor| rows_of(x, w.size()[0]);
         let dq = flat(block::rotary(&back.dq, &cos, &sin, true)?, wq)?;

@@ -16,6 +16,11 @@ pub(crate) fn chunk(vocab: i64, tokens: i64) -> i64 {
     (CHUNK / vocab).clamp(1, tokens.max(1))
 }
 
+/// The same on a GPU: a multiple of 128, for whole tiles of a product.
+pub(crate) fn chunk_cuda(vocab: i64, tokens: i64) -> i64 {
+    (CHUNK_CUDA / vocab / 128 * 128).max(128).clamp(1, tokens.max(1))
+}
+
 /// `sum_i -log softmax(h_i W^T)[label_i]` over the labels that are not [`IGNORE_INDEX`]; scalar in f32, or f64 for f64.
 ///
 /// hidden `[B, T, D]`, weight `[vocab, D]`, labels `[B, T]` i64. Logits, sums and the gradient of the weight are kept in
@@ -26,7 +31,8 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, labels: &Tensor) -
         let with_grad = hidden.requires_grad();
         let _guard = tch::no_grad_guard();
         if hidden.device().is_cuda() {
-            fused(hidden, weight, labels, kind, with_grad, (CHUNK_CUDA / weight.size()[0] / 128 * 128).max(128))?
+            let tokens = labels.numel() as i64;
+            fused(hidden, weight, labels, kind, with_grad, chunk_cuda(weight.size()[0], tokens))?
         } else {
             forward(hidden, weight, labels, kind, with_grad)?
         }

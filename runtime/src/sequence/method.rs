@@ -136,6 +136,14 @@ fn choose(found: &str) -> std::result::Result<Choice, String> {
     Ok(choice)
 }
 
+/// Ranks of a node, if `found` names the hierarchical scan.
+pub(crate) fn node_size(found: &str) -> Option<usize> {
+    match choose(found) {
+        Ok(Choice::Hierarchical { node }) => Some(node),
+        _ => None,
+    }
+}
+
 fn one_of(known: &[&str]) -> String {
     let quoted: Vec<String> = known.iter().map(|name| format!("{name:?}")).collect();
     format!("one of {}", quoted.join(", "))

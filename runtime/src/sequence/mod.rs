@@ -20,7 +20,7 @@ mod whole;
 
 use std::sync::Arc;
 
-use collectives::Group;
+use collectives::{Group, PlaceGuard};
 use kernels::linear::{Grads, Inputs, StateMixer};
 use tch::Tensor;
 
@@ -29,6 +29,7 @@ pub use layout::Layout;
 pub use plan::{Chain, Link, Piece, Plan};
 pub use traffic::{Bytes, Count, LayerSizes, Messages, Traffic};
 
+use crate::config::LayerKind;
 use attention::Attention;
 use left_product::LeftProduct;
 use scan::{DecayForm, Scan, StateSize};
@@ -60,7 +61,30 @@ pub struct Shard {
     pub attention: Arc<dyn Attention>,
 }
 
+/// What a rank is at, for the flight recorder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Forward(LayerKind),
+    Backward(LayerKind),
+}
+
+impl Place {
+    pub fn name(self) -> &'static str {
+        match self {
+            Place::Forward(LayerKind::Linear) => "linear layer, forward",
+            Place::Backward(LayerKind::Linear) => "linear layer, backward",
+            Place::Forward(LayerKind::Softmax) => "softmax layer, forward",
+            Place::Backward(LayerKind::Softmax) => "softmax layer, backward",
+        }
+    }
+}
+
 impl Shard {
+    /// Messages until the guard is dropped belong to this place.
+    pub(crate) fn at(&self, place: Place) -> PlaceGuard {
+        self.group.recorder().place(place.name())
+    }
+
     /// The scan of linear layers, for whatever needs states.
     pub fn scan(&self) -> Result<&dyn Scan> {
         match &self.linear {
@@ -88,6 +112,7 @@ pub fn linear_attention(
     v: &Tensor,
     log_decay: Option<&Tensor>,
 ) -> Result<Tensor> {
+    let _place = shard.at(Place::Forward(LayerKind::Linear));
     let mut x = Inputs::new(q, k, v, log_decay)?;
     x.decay_grad = log_decay.is_some_and(Tensor::requires_grad);
     let (o, backward): (Tensor, LinearBackward) = match &shard.linear {
@@ -107,6 +132,7 @@ pub fn linear_attention(
     let shard = shard.clone();
     kernels::bridge::attach(&inputs, &[&o], move |mut grads: Vec<Option<Tensor>>| {
         let Some(d_o) = grads.swap_remove(0) else { return Ok((0..wanted).map(|_| None).collect()) };
+        let _place = shard.at(Place::Backward(LayerKind::Linear));
         let grads = backward(&shard, &d_o).map_err(Error::into_kernels)?;
         let mut all = vec![Some(grads.dq), Some(grads.dk), Some(grads.dv)];
         all.extend(grads.dlog_decay.map(Some));
@@ -119,10 +145,12 @@ pub fn linear_attention(
 ///
 /// q `[B, T, H, K]`, k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`: this rank's tokens in local order. Returns o `[B, T, H, V]`.
 pub fn softmax_attention(shard: &Arc<Shard>, q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    let _place = shard.at(Place::Forward(LayerKind::Softmax));
     let forward = shard.attention.forward(shard, &attention::Inputs::new(q, k, v, scale, true)?)?;
     let (node, saved) = (shard.clone(), forward.saved);
     kernels::bridge::attach(&[q, k, v], &[&forward.o], move |mut grads: Vec<Option<Tensor>>| {
         let Some(d_o) = grads.swap_remove(0) else { return Ok(vec![None, None, None]) };
+        let _place = node.at(Place::Backward(LayerKind::Softmax));
         let grads = node.attention.backward(&node, saved, &d_o).map_err(Error::into_kernels)?;
         Ok(vec![Some(grads.dq), Some(grads.dk), Some(grads.dv)])
     })?;

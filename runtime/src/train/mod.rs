@@ -8,6 +8,7 @@ pub mod optimizer;
 mod run_folder;
 pub mod schedule;
 mod step;
+mod trace;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -21,6 +22,7 @@ use crate::metrics::{self, StepRecord};
 use crate::{checkpoint, config, data, generate, model, report, sequence};
 use run_folder::RunFolder;
 pub use step::{StepOutcome, Trainer};
+use trace::Trace;
 
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -68,7 +70,7 @@ pub struct Options {
     pub resume: bool,
     /// Print to standard output, on rank 0.
     pub console: bool,
-    /// Record the third and fourth step, to `trace-RANK.json` in the run folder.
+    /// Record the third and fourth step, to `trace-RANK.json` in the run folder, and say how much communication was exposed.
     pub trace: bool,
     /// What this rank computes on.
     pub device: Device,
@@ -104,7 +106,7 @@ pub fn run(world: Group, config: Config, run_dir: &Path, options: Options) -> Re
     let writes = trainer.mesh.world.rank() == 0;
     let folder = writes.then(|| RunFolder::open(run_dir, &trainer, options)).transpose()?;
     let trace = options.trace.then(|| run_dir.join(format!("trace-{}.json", trainer.mesh.world.rank())));
-    Life { trainer, folder, options, trace, started: Instant::now(), first: true }.live()
+    Life { trainer, folder, options, trace, tracing: None, started: Instant::now(), first: true }.live()
 }
 
 /// The steps that a trace has, counted from the start of the program: the first ones are slow.
@@ -115,8 +117,9 @@ struct Life {
     trainer: Trainer,
     folder: Option<RunFolder>,
     options: Options,
-    /// Where the trace goes, if one is wanted and not there yet.
+    /// Where the trace goes, if one is wanted and not begun yet.
     trace: Option<PathBuf>,
+    tracing: Option<Trace>,
     /// When training began.
     started: Instant,
     /// Whether no step has been done yet.
@@ -135,18 +138,24 @@ impl Life {
         let peak = mfu::peak(&config, device).map(|peak| peak * self.trainer.mesh.world.size() as f64);
         let mut steps = 0;
         while self.trainer.steps_done < train.steps {
-            if steps == TRACED.start && self.trace.is_some() {
-                kernels::bridge::profile_begin(device.is_cuda())?;
+            if steps == TRACED.start
+                && let Some(path) = self.trace.take()
+            {
+                self.tracing = Some(Trace::begin(path, &self.trainer)?);
             }
             steps += 1;
             let before = Instant::now();
             let step = self.trainer.step(self.out_of_time())?;
             let step_ms = before.elapsed().as_secs_f64() * 1e3;
             let done = self.trainer.steps_done;
-            if (steps == TRACED.end || (steps > TRACED.start && done == train.steps))
-                && let Some(path) = self.trace.take()
+            if let Some(trace) = &mut self.tracing {
+                trace.step(done);
+            }
+            if (steps == TRACED.end || done == train.steps || step.out_of_time)
+                && let Some(trace) = self.tracing.take()
             {
-                kernels::bridge::profile_end(&path)?;
+                let exposed = trace.end(&self.trainer)?;
+                self.on_rank_zero(|folder, _| folder.traced(&exposed))?;
             }
             if self.first {
                 let seconds = self.options.started.elapsed().as_secs_f64();

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use super::trace::Exposed;
 use super::{Error, Options, Result, Trainer};
-use crate::config::Config;
+use crate::config::{Config, LayerKind};
 use crate::generate;
 use crate::metrics::{MetricsLog, StepRecord, format_line, format_si};
 use crate::{checkpoint, report};
@@ -82,6 +83,19 @@ impl RunFolder {
             let steps = self.config.train.steps;
             let left = steps.saturating_sub(record.step) as f64 * smooth / 1e3;
             self.say(|| format_line(record, steps, Some(left)));
+        }
+        Ok(())
+    }
+
+    pub fn traced(&self, exposed: &[Exposed]) -> Result<()> {
+        for Exposed { kind, forward_us, backward_us } in exposed {
+            let name = match kind {
+                LayerKind::Linear => "linear",
+                LayerKind::Softmax => "softmax",
+            };
+            self.say(|| {
+                format!("{name} layers: exposed {forward_us:.0} us a layer forward, {backward_us:.0} us backward")
+            });
         }
         Ok(())
     }

@@ -126,6 +126,31 @@ impl Host {
         Ok(gathered.into_iter().map(|end| times[end]).fold(0.0, f64::max))
     }
 
+    /// By how much a layer without its operator takes longer than `modelled` says of it, for each of `ranks` with so many tokens, in
+    /// a model of this width: as between the two widths that were measured. 1 where none was; `modelled` counts one core a rank.
+    pub(super) fn dense_factor(
+        &self,
+        width: f64,
+        pass: Pass,
+        ranks: usize,
+        tokens: f64,
+        modelled: impl Fn(&Config) -> Result<f64>,
+    ) -> Result<f64> {
+        let cores = (ranks as f64 / self.cores as f64).min(1.0);
+        let mut logs = [0.0; 2];
+        for (log, measured) in logs.iter_mut().zip(DENSE_WIDTHS) {
+            let name = dense_kernel(measured, pass);
+            if !self.kernels.iter().any(|kernel| kernel.name == name) {
+                return Ok(1.0);
+            }
+            let seconds = self.by_tokens(&name, ranks, tokens)?;
+            *log = (seconds / (cores * modelled(&dense_model(measured, self.head_dim)?)?)).ln();
+        }
+        let [narrow, wide] = DENSE_WIDTHS.map(|width| (width as f64).ln());
+        let at = ((width.ln() - narrow) / (wide - narrow)).clamp(0.0, 1.0);
+        Ok((logs[0] + (logs[1] - logs[0]) * at).exp())
+    }
+
     /// Of those measured for other numbers of threads the nearest.
     fn kernel(&self, name: &str, threads: usize) -> Result<&Kernel> {
         let found = self.kernels.iter().filter(|kernel| kernel.name == name);
@@ -190,6 +215,21 @@ impl Host {
             wake: [1e-6 * self.wake_us, 1e-6 * self.wake_busy_us],
         }
     }
+}
+
+/// Widths of the models whose layers were measured without their operators.
+pub const DENSE_WIDTHS: [i64; 2] = [128, 512];
+
+/// The model of such a layer; `heads` and their width as those of the other kernels.
+pub fn dense_model(width: i64, head_dim: i64) -> Result<Config> {
+    let heads = width / head_dim;
+    let text = format!("[model]\ndim = {width}\nheads = {heads}\nkv_heads = {heads}\nlayers = 1\npattern = \"L\"\n");
+    Ok(Config::from_toml_str(&text, "the layer that calibrate measures", &[])?)
+}
+
+/// The name of what a layer of linear attention does besides the operator.
+pub fn dense_kernel(width: i64, pass: Pass) -> String {
+    format!("dense {width} {}", name(pass))
 }
 
 /// Names of kernels that are no method's.
@@ -396,6 +436,34 @@ mod tests {
         let method = Method::parse("ring").unwrap();
         let error = operator(&bare, None, &config("model.chunk=64"), &method, true, 2, 64).unwrap_err().to_string();
         assert!(error.contains("was not measured: run lasp calibrate"), "{error}");
+    }
+
+    #[test]
+    fn layers_take_what_was_measured_of_them() {
+        let kernel = |width: i64, us: f64| {
+            [Pass::Forward, Pass::Backward].map(|pass| Kernel {
+                name: dense_kernel(width, pass),
+                threads: 1,
+                at: vec![256.0, 1024.0],
+                us: vec![us, 4.0 * us],
+            })
+        };
+        let bare = Host { kernels: vec![], cores: 2, ..host() };
+        let of = Host { kernels: [kernel(128, 100.0), kernel(512, 1600.0)].concat(), ..bare.clone() };
+        let modelled = |config: &Config| Ok(if config.model.dim == 128 { 50e-6 } else { 400e-6 });
+        let factor = |host: &Host, width: f64, ranks: usize, tokens: f64| {
+            host.dense_factor(width, Pass::Backward, ranks, tokens, modelled).unwrap()
+        };
+        let close = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-9, "{found} {expected}");
+        close(factor(&of, 128.0, 2, 256.0), 2.0);
+        close(factor(&of, 512.0, 2, 256.0), 4.0);
+        // Between them along the logarithms, beyond them as at the nearest.
+        close(factor(&of, 256.0, 2, 256.0), 8f64.sqrt());
+        close(factor(&of, 64.0, 2, 256.0), 2.0);
+        close(factor(&of, 2048.0, 2, 256.0), 4.0);
+        // One rank's work is counted for one core, and measured on both.
+        close(factor(&of, 128.0, 1, 256.0), 4.0);
+        close(factor(&bare, 256.0, 2, 256.0), 1.0);
     }
 
     #[test]

@@ -5,8 +5,8 @@ use tch::{Kind, Tensor};
 
 use super::passes::{Call, Dots, Out, Run};
 use super::{Sums, call, parts, tiles, transition};
-use crate::Result;
 use crate::linear::{BackwardSegment, Grads, Inputs, Summary};
+use crate::{Error, Result};
 
 pub(super) struct Backward {
     call: Call,
@@ -18,6 +18,8 @@ pub(super) struct Backward {
     decay_grad: bool,
     entry: Option<Tensor>,
     exit: Option<Tensor>,
+    /// Of each part the states at the segments' starts `[slots, K, V]`, if forward has saved them.
+    saved: Option<Vec<Tensor>>,
     /// Of y^T z = k^T v and of q^T do, a part each.
     states: Vec<Sums>,
     grads: Vec<Sums>,
@@ -35,12 +37,26 @@ struct Queries {
 }
 
 impl Backward {
-    pub fn new(x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor, scale: f64) -> Result<Self> {
+    pub fn new(
+        x: &Inputs,
+        entry: Option<&Tensor>,
+        d_o: &Tensor,
+        saved: Option<Vec<Tensor>>,
+        scale: f64,
+    ) -> Result<Self> {
         let (dk, dv) = (x.k.size()[3], x.v.size()[3]);
         let call = call(x)?;
         let sums =
             |reverse| parts(dk, dv).into_iter().map(|p| Sums::new(&call, p, reverse)).collect::<Result<Vec<_>>>();
         let (states, grads) = (sums(false)?, sums(true)?);
+        for (i, saved) in saved.iter().flatten().enumerate() {
+            let expected = states.get(i).map(|sums: &Sums| sums.sums.size());
+            if expected.as_ref() != Some(&saved.size()) {
+                let expected = format!("{expected:?}, the states that forward has saved");
+                return Err(Error::Shape { tensor: "saved", found: saved.size(), expected });
+            }
+        }
+        let saved = saved.filter(|saved| saved.len() == states.len());
         Ok(Self {
             q: tiles(&x.q)?,
             k: tiles(&x.k)?,
@@ -51,6 +67,7 @@ impl Backward {
             call,
             entry: entry.map(Tensor::shallow_clone),
             exit: None,
+            saved,
             states,
             grads,
             summed: None,
@@ -83,12 +100,18 @@ impl Backward {
         let Call { b, t, h, device, .. } = self.call;
         let dq = Tensor::f_empty(self.q.size(), (Kind::BFloat16, device))?;
         let (mut all_entries, mut all_dots) = (Vec::new(), Vec::new());
+        let mut saved = self.saved.take().map(Vec::into_iter);
         for sums in &mut self.states {
             let part = sums.part;
             let (q, k) = (part.keys(&self.q)?, part.keys(&self.k)?);
             let (v, d_o) = (part.values(&self.v)?, part.values(&self.d_o)?);
-            sums.ensure(&self.call, &k, &v, 1.0, false)?;
-            let entries = sums.entries(&self.call, self.entry.as_ref(), None)?;
+            let entries = match saved.as_mut().and_then(Iterator::next) {
+                Some(entries) => entries,
+                None => {
+                    sums.ensure(&self.call, &k, &v, 1.0, false)?;
+                    sums.entries(&self.call, self.entry.as_ref(), None)?
+                }
+            };
             let dots = if self.decay_grad { Some(self.call.empty(&[b, h, t])?) } else { None };
             self.call.run(
                 false,

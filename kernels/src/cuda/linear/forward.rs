@@ -15,8 +15,9 @@ pub(super) struct Forward {
     scale: f64,
     entry: Option<Tensor>,
     sums: Vec<Sums>,
-    /// Of each part, `[slots, K, V]`.
+    /// Of each part, `[slots, K, V]`: from the first entry, and what came late.
     entries: Option<Vec<Tensor>>,
+    late: Option<Vec<Tensor>>,
     /// `[B, H, K, V]`.
     end: Option<Tensor>,
     o: Option<Tensor>,
@@ -36,6 +37,7 @@ impl Forward {
             entry: entry.map(Tensor::shallow_clone),
             sums,
             entries: None,
+            late: None,
             end: None,
             o: None,
         })
@@ -110,6 +112,7 @@ impl ForwardSegment for Forward {
 
     fn add_entry(&mut self, entry: &Tensor) -> Result<()> {
         let o = self.output()?;
+        let mut late = Vec::with_capacity(self.sums.len());
         for sums in &self.sums {
             let part = sums.part;
             let entries = self.call.empty(&sums.sums.size())?;
@@ -135,11 +138,32 @@ impl ForwardSegment for Forward {
                     pairs: None,
                 },
             )?;
+            late.push(entries);
+        }
+        if let Some(before) = self.late.replace(late) {
+            add(self.late.iter().flatten(), &before)?;
         }
         Ok(())
+    }
+
+    /// The states at the segments' starts, `[slots, K, V]` of each part.
+    fn take_saved(&mut self) -> Result<Option<Vec<Tensor>>> {
+        let Some(entries) = self.entries.take() else { return Ok(None) };
+        if let Some(late) = self.late.take() {
+            add(entries.iter(), &late)?;
+        }
+        Ok(Some(entries))
     }
 
     fn finish(mut self: Box<Self>) -> Result<Tensor> {
         self.output()
     }
+}
+
+/// Adds part by part, in place.
+fn add<'a>(to: impl Iterator<Item = &'a Tensor>, from: &[Tensor]) -> Result<()> {
+    for (to, from) in to.zip(from) {
+        let _ = to.shallow_clone().f_add_(from)?;
+    }
+    Ok(())
 }

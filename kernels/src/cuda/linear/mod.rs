@@ -53,6 +53,16 @@ impl<M: StateMixer> StateMixer for Fused<M> {
     }
 
     fn backward(&self, x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor) -> Result<Box<dyn BackwardSegment>> {
+        self.backward_with(x, entry, d_o, None)
+    }
+
+    fn backward_with(
+        &self,
+        x: &Inputs,
+        entry: Option<&Tensor>,
+        d_o: &Tensor,
+        saved: Option<Vec<Tensor>>,
+    ) -> Result<Box<dyn BackwardSegment>> {
         if supports(x) && self.scale() != 0.0 {
             let expected = x.v.size();
             if d_o.size() != expected {
@@ -62,9 +72,9 @@ impl<M: StateMixer> StateMixer for Fused<M> {
                     expected: format!("that of v, {expected:?}"),
                 });
             }
-            Ok(Box::new(backward::Backward::new(x, entry, d_o, self.scale())?))
+            Ok(Box::new(backward::Backward::new(x, entry, d_o, saved, self.scale())?))
         } else {
-            self.other.backward(x, entry, d_o)
+            self.other.backward_with(x, entry, d_o, saved)
         }
     }
 }
