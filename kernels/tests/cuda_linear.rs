@@ -140,6 +140,9 @@ fn chained(x: &Inputs, d_o: &Tensor, cuts: &[i64], initial: &Tensor, exit: &Tens
     All { o: Tensor::cat(&o, 1), end: state, grads, d_initial: exit }
 }
 
+/// The largest relative error of a number rounded to bf16.
+const ROUNDING: f64 = 1.0 / 512.0;
+
 /// The whole `[T, T]` matrix of scores, in the kind of the inputs, differentiated by libtorch; `exit` enters as the gradient
 /// of the state at the end.
 fn naive(x: &Inputs, d_o: &Tensor, initial: &Tensor, exit: &Tensor, kind: Kind) -> All {
@@ -213,7 +216,9 @@ fn as_good_as_naive_bf16() {
                 let theirs = naive(&x, &d_o, &initial, &exit, Kind::BFloat16);
                 let check = |what: &str, f: &dyn Fn(&All) -> Tensor| {
                     let name = format!("{what}, {decay}, {case:?}, late {late}, saves {saves}");
-                    let tolerance = 2.0 * relative_rms(&f(&theirs), &f(&truth)) + 1e-6;
+                    // Of a few numbers the naive error may be small by luck; one rounding to bf16 it may always be.
+                    let luck = if f(&truth).numel() < 16 { ROUNDING } else { 0.0 };
+                    let tolerance = 2.0 * relative_rms(&f(&theirs), &f(&truth)).max(luck) + 1e-6;
                     assert_close(&name, &f(&ours), &f(&truth), tolerance);
                     assert!(f(&ours).equal(&f(&again)), "{name}: other bits the second time");
                 };
