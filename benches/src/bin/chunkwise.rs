@@ -84,7 +84,7 @@ fn main() -> Result<()> {
         Ok(())
     };
     let flops = 2.0 * chunks as f64 * (7.0 * (c * c * d) as f64 + 7.0 * (c * d * d) as f64);
-    println!(
+    eprintln!(
         "T {} H {} K = V = {} chunk {} f32, {} libtorch threads, {} runs",
         o.tokens, o.heads, d, c, o.threads, o.runs
     );

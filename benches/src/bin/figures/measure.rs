@@ -147,25 +147,23 @@ impl Measurement {
             }
             [] => bail!("no command"),
         };
+        // Whole or not at all: what was there is replaced at the end.
+        let (aside, place) = (run.join(format!("{}.part", self.file())), run.join(self.file()));
         let status = match self.gives {
-            // Whole or not at all.
-            Gives::Lines(file) => {
-                let aside = run.join(format!("{file}.part"));
-                let status = command.stdout(Stdio::from(File::create(&aside)?)).status();
-                if status.as_ref().is_ok_and(|status| status.success()) {
-                    fs::rename(&aside, run.join(file))?;
-                }
-                status
+            Gives::Lines(_) => command.stdout(Stdio::from(File::create(&aside)?)).status(),
+            Gives::Folder(_) => {
+                remove(&aside)?;
+                command.arg(&aside).stdout(Stdio::null()).status()
             }
-            Gives::Folder(folder) => command.arg(run.join(folder)).stdout(Stdio::null()).status(),
         };
         let status = status.with_context(|| format!("cannot start {}", self.shown()))?;
         ensure!(status.success(), "{} failed: {status}", self.shown());
-        if let Gives::Folder(folder) = self.gives {
+        if let Gives::Folder(_) = self.gives {
             // Checkpoints are not figures.
-            let _ = fs::remove_dir_all(run.join(folder).join("checkpoints"));
+            remove(&aside.join("checkpoints"))?;
+            remove(&place)?;
         }
-        Ok(())
+        fs::rename(&aside, &place).with_context(|| format!("cannot replace {}", place.display()))
     }
 
     /// The command line as one would type it.
@@ -182,6 +180,16 @@ impl Measurement {
             Gives::Lines(file) => file,
             Gives::Folder(folder) => folder,
         }
+    }
+}
+
+/// A folder that may be there.
+fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", folder.display()))
+        }
+        _ => Ok(()),
     }
 }
 
