@@ -7,6 +7,7 @@ pub mod compare;
 pub mod overlap;
 pub mod simulate;
 
+use std::process::Command;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,25 @@ impl Timing {
     pub fn json(&self) -> serde_json::Value {
         serde_json::json!({"median_ms": self.median_ms, "p10_ms": self.p10_ms, "p90_ms": self.p90_ms})
     }
+}
+
+/// `mpirun` for so many ranks, behind which a program and its arguments go: with more ranks than cores, as root too, and one
+/// thread a rank.
+pub fn mpirun(ranks: usize) -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(["--oversubscribe", "--bind-to", "none", "-n", &ranks.to_string()]).envs([
+        ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+        ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+        ("OMP_NUM_THREADS", "1"),
+    ]);
+    command
+}
+
+/// The processor's name, or its architecture.
+pub fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
 }
 
 /// Times several bodies in turn, `runs` times each, so that a noisy machine favours none of them.

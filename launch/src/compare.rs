@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -314,7 +314,8 @@ impl Results {
             machine: machine(),
             versions: format!("lasp {}, libtorch {}", env!("CARGO_PKG_VERSION"), libtorch()),
             rounds: options.rounds,
-            command: std::env::args().collect::<Vec<_>>().join(" "),
+            // The program by its name: where it lies is nobody's business.
+            command: std::iter::once("lasp".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" "),
         };
         let path = self.folder.join("report.html");
         fs::write(&path, report::html(&self.rows, &conditions))
@@ -325,7 +326,11 @@ impl Results {
     /// Ranks as threads or processes, what each may use, and the network between them; of `all` numbers of ranks, or of the
     /// last one.
     fn about_ranks(&self, args: &Args, all: bool) -> String {
-        let kind = if self.backend == "mpi" { "processes under MPI" } else { "threads" };
+        let kind = match self.backend {
+            "mpi" => "processes under MPI",
+            "tcp" => "processes over TCP",
+            _ => "threads",
+        };
         let network = args.network.map_or_else(String::new, |network| format!(", emulated network {network}"));
         let of = |n: i32| format!("{n} libtorch thread{}", if n == 1 { "" } else { "s" });
         let last = self.threads.last().map_or(1, |(_, threads)| *threads);
@@ -353,20 +358,14 @@ impl Results {
             },
             // What layers and training steps depend on besides.
             "config": (options.mode != Mode::Operator).then_some(&options.config),
-            "machine": { "cpu": cpu(), "cores": cores(), "memory_bytes": doctor::memory("MemTotal") },
+            "machine": { "cpu": benches::processor(), "cores": cores(), "memory_bytes": doctor::memory("MemTotal") },
             "versions": { "lasp": env!("CARGO_PKG_VERSION"), "libtorch": libtorch() },
         })
     }
 }
 
 fn machine() -> String {
-    format!("{}, {} cores", cpu(), cores())
-}
-
-fn cpu() -> String {
-    let text = fs::read_to_string(Path::new("/proc/cpuinfo")).unwrap_or_default();
-    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+    format!("{}, {} cores", benches::processor(), cores())
 }
 
 fn libtorch() -> String {

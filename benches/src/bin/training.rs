@@ -2,7 +2,7 @@
 //! and the cost of a token as the sequence grows. Runs alternate, so that a noisy machine favours none.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
@@ -48,16 +48,8 @@ impl Variant {
     }
 
     fn run(&mut self, options: &Options, lasp: &Path, run_dir: &Path) -> Result<()> {
-        let mut command = Command::new("mpirun");
-        command
-            .args(["--oversubscribe", "--bind-to", "none", "-n", &self.ranks.to_string()])
-            .arg(lasp)
-            .arg("train")
-            .arg(&options.config)
-            .arg("--run-dir")
-            .arg(run_dir)
-            .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"), ("OMP_NUM_THREADS", "1")])
-            .stdout(Stdio::null());
+        let mut command = benches::mpirun(self.ranks);
+        command.arg(lasp).arg("train").arg(&options.config).arg("--run-dir").arg(run_dir).stdout(Stdio::null());
         for setting in options.set.iter().chain(&self.settings) {
             command.arg("--set").arg(setting);
         }

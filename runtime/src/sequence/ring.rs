@@ -39,9 +39,7 @@ impl<'a> Ring<'a> {
     /// Starts receiving, from the rank before, something of the size of `owner`'s block.
     fn receive(&self, owner: usize, kind: Kind) -> Result<Pending<Tensor>> {
         let shape = [&[self.rows[owner]], self.rest.as_slice()].concat();
-        let device = self.device;
-        let here = move |x: Tensor| Ok(x.f_to_device(device)?);
-        Ok(self.shard.group.recv(&shape, kind, self.back(1))?.map(here))
+        Ok(self.shard.group.recv_on(self.device, &shape, kind, self.back(1))?)
     }
 }
 

@@ -106,7 +106,7 @@ pub fn run(world: Group, config: Config, run_dir: &Path, options: Options) -> Re
     let writes = trainer.mesh.world.rank() == 0;
     let folder = writes.then(|| RunFolder::open(run_dir, &trainer, options)).transpose()?;
     let trace = options.trace.then(|| run_dir.join(format!("trace-{}.json", trainer.mesh.world.rank())));
-    Life { trainer, folder, options, trace, tracing: None, started: Instant::now(), first: true }.live()
+    Life { trainer, folder, options, trace, tracing: None, started: Instant::now() }.live()
 }
 
 /// The steps that a trace has, counted from the start of the program: the first ones are slow.
@@ -122,8 +122,6 @@ struct Life {
     tracing: Option<Trace>,
     /// When training began.
     started: Instant,
-    /// Whether no step has been done yet.
-    first: bool,
 }
 
 impl Life {
@@ -157,10 +155,9 @@ impl Life {
                 let exposed = trace.end(&self.trainer)?;
                 self.on_rank_zero(|folder, _| folder.traced(&exposed))?;
             }
-            if self.first {
+            if steps == 1 {
                 let seconds = self.options.started.elapsed().as_secs_f64();
                 self.on_rank_zero(|folder, _| folder.first_step(seconds))?;
-                self.first = false;
             }
             let last = done == train.steps || step.out_of_time;
             outcome.val_loss = if last || every(train.validate_every, done) { self.trainer.validate()? } else { None };

@@ -23,7 +23,8 @@ struct Measurement {
     says: &'static str,
 }
 
-const MPIRUN: [&str; 6] = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2"];
+/// Where a command begins with mpirun.
+const RANKS: usize = 2;
 
 /// In the order of the README's table.
 const ALL: &[Measurement] = &[
@@ -134,10 +135,8 @@ impl Measurement {
         };
         let mut command = match self.command {
             ["mpirun", name, rest @ ..] => {
-                let mut command = Command::new("mpirun");
-                command.args(&MPIRUN[1..]).arg(program(name)?).args(rest);
-                let as_root = [("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")];
-                command.envs(as_root).env("OMP_NUM_THREADS", "1");
+                let mut command = benches::mpirun(RANKS);
+                command.arg(program(name)?).args(rest);
                 command
             }
             [name, rest @ ..] => {
@@ -168,11 +167,11 @@ impl Measurement {
 
     /// The command line as one would type it.
     fn shown(&self) -> String {
-        let words = match self.command {
-            ["mpirun", rest @ ..] => [&MPIRUN, rest].concat(),
-            words => words.to_vec(),
-        };
-        words.join(" ")
+        let ["mpirun", rest @ ..] = self.command else { return self.command.join(" ") };
+        let mpirun = benches::mpirun(RANKS);
+        let options = mpirun.get_args().map(|arg| arg.to_string_lossy().into_owned());
+        let words: Vec<String> = options.chain(rest.iter().map(|word| (*word).to_owned())).collect();
+        format!("mpirun {}", words.join(" "))
     }
 
     fn file(&self) -> &'static str {
@@ -195,11 +194,8 @@ fn remove(folder: &Path) -> Result<()> {
 
 /// What lies in the folder, and on what machine it was measured; then the folder's notes.md, of what came otherwise.
 fn readme(run: &Path) -> Result<String> {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let cpu_info = read("/proc/cpuinfo");
-    let cpu = cpu_info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let cpu = cpu.map_or("unknown processor", |(_, name)| name);
-    let memory = read("/proc/meminfo");
+    let cpu = benches::processor();
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib: f64 = memory.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap_or(0.0);
     let cores = std::thread::available_parallelism()?;
     let mut text = format!(

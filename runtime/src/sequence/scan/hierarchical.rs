@@ -267,13 +267,12 @@ impl Nodes {
             Some(_) => None,
             None => self.product(self.route.summed(run, d), rows)?,
         };
-        let device = self.like.device();
         let unpack = move |message: Tensor| -> Result<Sum> {
-            let message = message.f_to_device(device)?;
             let transition = known.map_or_else(|| row.transition(&message), |known| Ok(Some(known)))?;
             Ok(Sum { state: Some(row.state(&message)?), transition })
         };
-        Ok(self.group.recv(&shape, self.like.kind(), from)?.map(move |message| Ok(unpack(message))))
+        let (device, kind) = (self.like.device(), self.like.kind());
+        Ok(self.group.recv_on(device, &shape, kind, from)?.map(move |message| Ok(unpack(message))))
     }
 
     fn missing(&self, run: usize) -> super::Error {

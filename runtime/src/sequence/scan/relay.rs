@@ -85,7 +85,7 @@ impl Relay {
             for block in &self.blocks {
                 let own = narrow(state, block)?;
                 if let Some(from) = from {
-                    under_way.coming.push(self.group.recv(&own.size(), own.kind(), *from)?);
+                    under_way.coming.push(self.group.recv_on(own.device(), &own.size(), own.kind(), *from)?);
                 }
                 if let Some(to) = to.filter(|_| !self.chain.links[*segment].through) {
                     under_way.sent.push(self.group.send(&own, to)?);
@@ -109,7 +109,6 @@ impl Relay {
                 let mut arrived = Vec::with_capacity(self.blocks.len());
                 for block in &self.blocks {
                     let incoming = coming.next().ok_or_else(|| missing("state before it", *segment))?.wait()?;
-                    let incoming = incoming.f_to_device(state.device())?;
                     if let Some(to) = to {
                         let slice = transition.map(|transition| slice(transition, block)).transpose()?;
                         let own = narrow(state, block)?;

@@ -56,14 +56,14 @@ impl Scan for Truncated {
         for segment in needed(chain, &firsts) {
             let from = chain.owners[segment].0;
             if from != group.rank() {
-                coming.push(group.recv(&mine[0].size(), mine[0].kind(), from)?);
+                coming.push(group.recv_on(mine[0].device(), &mine[0].size(), mine[0].kind(), from)?);
                 awaited.push(segment);
             }
         }
-        let (chain, device) = (chain.clone(), mine[0].device());
+        let chain = chain.clone();
         Ok(when_they_come(coming, sent, move |coming| {
             for (segment, state) in awaited.into_iter().zip(coming) {
-                states[segment] = Some(state?.f_to_device(device)?);
+                states[segment] = Some(state?);
             }
             let entry = |(&segment, first): (&usize, &Option<usize>)| match first {
                 Some(first) => fold(&chain, *first..segment, None, &states, &transitions),
