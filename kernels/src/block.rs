@@ -239,14 +239,14 @@ pub fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
 mod tests {
     use super::*;
     use crate::bridge;
-    use crate::testing::assert_close;
+    use crate::testing::{assert_close, rand, randn};
     use tch::Device;
 
     const F64: (Kind, Device) = (Kind::Double, Device::Cpu);
     const EPS: f64 = 1e-5;
 
-    fn leaf(shape: &[i64]) -> Tensor {
-        Tensor::randn(shape, F64).set_requires_grad(true)
+    fn leaf(seed: u64, shape: &[i64]) -> Tensor {
+        randn(seed, shape).set_requires_grad(true)
     }
 
     /// libtorch's own result and derivatives of `f`, in f64.
@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn norms() {
-        let (x, w, dy) = (leaf(&[2, 5, 24]), leaf(&[24]), Tensor::randn([2, 5, 24], F64));
+        let (x, w, dy) = (leaf(1, &[2, 5, 24]), leaf(2, &[24]), randn(3, &[2, 5, 24]));
         let y = truth(|| x.rms_norm([24], Some(&w), EPS), &dy);
         let (ours, rstd) = rms_norm(&x.detach(), &w.detach(), EPS).unwrap();
         assert_close("y", &ours, &y, 1e-12);
@@ -270,14 +270,14 @@ mod tests {
 
     #[test]
     fn silu_and_swiglu() {
-        let (gate, up, dy) = (leaf(&[3, 8]), leaf(&[3, 8]), Tensor::randn([3, 8], F64));
+        let (gate, up, dy) = (leaf(1, &[3, 8]), leaf(2, &[3, 8]), randn(3, &[3, 8]));
         let y = truth(|| gate.silu() * &up, &dy);
         assert_close("hidden", &swiglu(&gate.detach(), &up.detach()).unwrap(), &y, 1e-12);
         let grads = swiglu_backward(gate.detach(), up.detach(), dy.copy()).unwrap();
         assert_close("hidden again", &grads.hidden, &y, 1e-12);
         assert_close("dgate", &grads.d_gate, &gate.grad(), 1e-12);
         assert_close("dup", &grads.d_up, &up.grad(), 1e-12);
-        let x = leaf(&[3, 8]);
+        let x = leaf(4, &[3, 8]);
         assert_close("silu", &silu(&x.detach()).unwrap(), &truth(|| x.silu(), &dy), 1e-12);
         assert_close("dx", &silu_backward(&x.detach(), dy.copy()).unwrap(), &x.grad(), 1e-12);
     }
@@ -285,8 +285,8 @@ mod tests {
     #[test]
     fn gated_norms() {
         for with_gate in [true, false] {
-            let (o, w, gate) = (leaf(&[2, 3, 4, 6]), leaf(&[6]), leaf(&[2, 3, 24]));
-            let dy = Tensor::randn([2, 3, 4, 6], F64);
+            let (o, w, gate) = (leaf(1, &[2, 3, 4, 6]), leaf(2, &[6]), leaf(3, &[2, 3, 24]));
+            let dy = randn(4, &[2, 3, 4, 6]);
             let plain = || {
                 let y = o.rms_norm([6], Some(&w), EPS);
                 if with_gate { y * gate.silu().view([2, 3, 4, 6]) } else { y }
@@ -307,8 +307,8 @@ mod tests {
 
     #[test]
     fn losses() {
-        let (logits, ignore) = (leaf(&[7, 11]), -100);
-        let labels = Tensor::randint(11, [7], (Kind::Int64, Device::Cpu));
+        let (logits, ignore) = (leaf(1, &[7, 11]), -100);
+        let labels = (rand(2, &[7]) * 11.0).to_kind(Kind::Int64);
         let _ = labels.narrow(0, 2, 2).fill_(ignore);
         let plain = || logits.cross_entropy_loss(&labels, None::<&Tensor>, tch::Reduction::None, ignore, 0.0);
         let loss = truth(plain, &Tensor::ones([7], F64));
@@ -319,7 +319,7 @@ mod tests {
 
     #[test]
     fn turning_back_undoes_turning() {
-        let (x, angles) = (Tensor::randn([2, 5, 3, 8], F64), Tensor::randn([5, 1, 4], F64));
+        let (x, angles) = (randn(1, &[2, 5, 3, 8]), randn(2, &[5, 1, 4]));
         let turned = rotary(&x, &angles.cos(), &angles.sin(), false).unwrap();
         assert_close("x", &rotary(&turned, &angles.cos(), &angles.sin(), true).unwrap(), &x, 1e-12);
         assert_close("norm", &turned.norm(), &x.norm(), 1e-12);
@@ -327,7 +327,7 @@ mod tests {
 
     #[test]
     fn products_add_up_in_the_wider_kind() {
-        let (a, b) = (Tensor::randn([5, 3], F64), Tensor::randn([3, 4], F64));
+        let (a, b) = (randn(1, &[5, 3]), randn(2, &[3, 4]));
         let mut sum = Tensor::ones([5, 4], F64);
         add_product(&mut sum, &a, &b).unwrap();
         assert_close("sum", &sum, &(a.matmul(&b) + 1.0), 1e-12);

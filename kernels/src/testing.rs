@@ -1,4 +1,4 @@
-//! The one comparison that every test of this workspace uses, and the GPU to test on.
+//! The one comparison that every test of this workspace uses, numbers to test with, and the GPU to test on.
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,6 +9,35 @@ pub fn cuda() -> Option<Device> {
         println!("not tested: no CUDA device");
     }
     there.then_some(Device::Cuda(0))
+}
+
+/// Numbers of 0..1 that depend on `seed` alone (splitmix64): the same in every thread, on every rank and in every process,
+/// which libtorch's generator, shared by all threads, does not promise.
+fn uniforms(seed: u64) -> impl FnMut() -> f64 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
+    move || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+fn filled(shape: &[i64], number: impl FnMut() -> f64) -> Tensor {
+    let numbers: Vec<f64> = std::iter::repeat_with(number).take(shape.iter().product::<i64>() as usize).collect();
+    Tensor::from_slice(&numbers).reshape(shape)
+}
+
+/// Numbers in f64, evenly spread over 0..1, that depend on `seed` and `shape` alone.
+pub fn rand(seed: u64, shape: &[i64]) -> Tensor {
+    filled(shape, uniforms(seed))
+}
+
+/// Normal numbers in f64 that depend on `seed` and `shape` alone.
+pub fn randn(seed: u64, shape: &[i64]) -> Tensor {
+    let mut uniform = uniforms(seed);
+    filled(shape, || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos())
 }
 
 fn double(x: &Tensor) -> Tensor {

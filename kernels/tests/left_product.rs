@@ -3,7 +3,7 @@
 use kernels::linear::left_product::{Tile, backward, forward};
 use kernels::linear::oracle::Whole;
 use kernels::linear::{Decay, Inputs};
-use kernels::testing::assert_close;
+use kernels::testing::{assert_close, randn};
 use tch::{Device, Kind, Tensor};
 
 const SCALE: f64 = 0.7;
@@ -19,10 +19,9 @@ fn tiles(cuts: &[i64]) -> Vec<Tile> {
 }
 
 fn check(tokens: i64, decay: Option<f64>, cuts: &[&[i64]], kind: Kind, tolerance: f64) {
-    tch::manual_seed(tokens);
     let (b, h) = (2, 3);
-    let randn = |width| Tensor::randn([b, tokens, h, width], (Kind::Double, Device::Cpu)).to_kind(kind);
-    let (q, k, v, d_o) = (randn(5), randn(5), randn(4), randn(4));
+    let numbers = |seed, width| randn(seed, &[b, tokens, h, width]).to_kind(kind);
+    let (q, k, v, d_o) = (numbers(1, 5), numbers(2, 5), numbers(3, 4), numbers(4, 4));
     let log_decay = decay.map(|rate| (Tensor::arange(h, (Kind::Double, Device::Cpu)) + 0.5) * -rate);
     let x = Inputs::new(&q, &k, &v, log_decay.as_ref()).unwrap();
     let whole = Whole { inputs: &x, cu_seqlens: None, initial_state: None, causal: true, scale: SCALE };
@@ -59,8 +58,8 @@ fn tiles_add_up_to_the_recurrence() {
 /// Changing a token leaves all outputs before it bit for bit as they were.
 #[test]
 fn nothing_comes_from_the_future() {
-    let randn = |width| Tensor::randn([1, 700, 2, width], (Kind::Float, Device::Cpu));
-    let (q, k, v) = (randn(8), randn(8), randn(8));
+    let numbers = |seed| randn(seed, &[1, 700, 2, 8]).to_kind(Kind::Float);
+    let (q, k, v) = (numbers(1), numbers(2), numbers(3));
     let decay = Decay::Head(Tensor::from_slice(&[-0.1f32, -0.5]));
     let tile = [Tile { q: 0..700, k: 0..700, ahead: 0 }];
     let before = forward(&q, &k, &v, &decay, &tile, SCALE).unwrap();

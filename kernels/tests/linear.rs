@@ -5,7 +5,7 @@ use kernels::Result;
 use kernels::linear::chunkwise::Chunkwise;
 use kernels::linear::oracle::{OracleGrads, Outputs, Whole};
 use kernels::linear::{Grads, Inputs, StateMixer};
-use kernels::testing::{assert_close, relative_rms};
+use kernels::testing::{self, assert_close, assert_close_at, rand, relative_rms, rms};
 use tch::{Device, Kind, Tensor};
 
 const DECAYS: [&str; 7] = ["none", "head", "token", "channel", "token strong", "channel strong", "head strong"];
@@ -18,11 +18,11 @@ struct Case {
     dv: i64,
 }
 
-fn randn(shape: &[i64], kind: Kind) -> Tensor {
-    Tensor::randn(shape, (Kind::Double, Device::Cpu)).to_kind(kind)
+fn randn(seed: u64, shape: &[i64], kind: Kind) -> Tensor {
+    testing::randn(seed, shape).to_kind(kind)
 }
 
-fn log_decay(name: &str, case: &Case, kind: Kind) -> Option<Tensor> {
+fn log_decay(name: &str, case: &Case, seed: u64, kind: Kind) -> Option<Tensor> {
     let &Case { b, t, h, dk, .. } = case;
     // Strong: e^B underflows within a few tokens.
     let strength = if name.ends_with("strong") { 80.0 } else { 0.1 };
@@ -32,13 +32,14 @@ fn log_decay(name: &str, case: &Case, kind: Kind) -> Option<Tensor> {
         "channel" => vec![b, t, h, dk],
         _ => return None,
     };
-    Some((Tensor::rand(shape, (Kind::Double, Device::Cpu)) * -strength).to_kind(kind))
+    Some((rand(seed, &shape) * -strength).to_kind(kind))
 }
 
-fn inputs(name: &str, case: &Case, kind: Kind) -> Inputs {
+fn inputs(name: &str, case: &Case, seed: u64, kind: Kind) -> Inputs {
     let &Case { b, t, h, dk, dv } = case;
-    let (q, k, v) = (randn(&[b, t, h, dk], kind), randn(&[b, t, h, dk], kind), randn(&[b, t, h, dv], kind));
-    Inputs::new(&q, &k, &v, log_decay(name, case, kind).as_ref()).unwrap()
+    let numbers = |which: u64, width: i64| randn(seed + which, &[b, t, h, width], kind);
+    Inputs::new(&numbers(0, dk), &numbers(1, dk), &numbers(2, dv), log_decay(name, case, seed + 3, kind).as_ref())
+        .unwrap()
 }
 
 /// Runs the segments one after another, carrying states forward and gradients backward.
@@ -92,8 +93,13 @@ fn oracle(x: &Inputs, d_o: &Tensor, initial: Option<&Tensor>) -> (Outputs, Oracl
     (whole.forward().unwrap(), whole.backward(d_o).unwrap())
 }
 
+/// The inputs without their signs, whose gradients are sums of the magnitudes of the terms.
+fn magnitudes(x: &Inputs) -> Inputs {
+    Inputs::new(&x.q.abs(), &x.k.abs(), &x.v.abs(), x.decay.tensor()).unwrap()
+}
+
 fn check(kind: Kind, tolerance: f64) {
-    tch::manual_seed(1);
+    let mut seed = 0;
     let cases = [
         (Case { b: 2, t: 67, h: 3, dk: 12, dv: 7 }, vec![0, 67]),
         (Case { b: 1, t: 130, h: 2, dk: 16, dv: 16 }, vec![0, 1, 40, 104, 130]),
@@ -102,9 +108,10 @@ fn check(kind: Kind, tolerance: f64) {
     for (case, cuts) in &cases {
         for decay in DECAYS {
             for with_initial in [false, true] {
-                let x = inputs(decay, case, kind);
-                let d_o = randn(&x.v.size(), kind);
-                let initial = with_initial.then(|| randn(&[case.b, case.h, case.dk, case.dv], kind));
+                seed += 10;
+                let x = inputs(decay, case, seed, kind);
+                let d_o = randn(seed + 4, &x.v.size(), kind);
+                let initial = with_initial.then(|| randn(seed + 5, &[case.b, case.h, case.dk, case.dv], kind));
                 let (out, grads, d_initial) = chained(&x, &d_o, cuts, initial.as_ref(), 16).unwrap();
                 let (truth, true_grads) = oracle(&x, &d_o, initial.as_ref());
                 let name = |what: &str| format!("{what}, {decay}, T {}, initial {with_initial}, {kind:?}", case.t);
@@ -115,7 +122,11 @@ fn check(kind: Kind, tolerance: f64) {
                 assert_close(&name("dv"), &grads.dv, &true_grads.dv, tolerance);
                 assert_close(&name("dinitial_state"), &d_initial, &true_grads.dinitial_state, tolerance);
                 if let Some(dg) = &grads.dlog_decay {
-                    assert_close(&name("dlog_decay"), dg, &true_grads.dlog_decay.unwrap(), tolerance);
+                    let reference = true_grads.dlog_decay.unwrap();
+                    // A few sums, which now and then come to nothing by chance: held against the magnitudes of their terms.
+                    let terms = oracle(&magnitudes(&x), &d_o.abs(), initial.as_ref().map(Tensor::abs).as_ref()).1;
+                    let scale = rms(&terms.dlog_decay.unwrap());
+                    assert_close_at(&name("dlog_decay"), dg, &reference, scale, 0.1 * tolerance);
                 }
             }
         }
@@ -135,10 +146,9 @@ fn chunkwise_equals_the_recurrence_in_f32() {
 /// FlashAttention's rule: at most twice the error that a naive implementation in bf16 makes.
 #[test]
 fn bf16_is_as_good_as_naive_bf16() {
-    tch::manual_seed(2);
     let case = Case { b: 1, t: 100, h: 2, dk: 16, dv: 16 };
-    let x = inputs("none", &case, Kind::BFloat16);
-    let d_o = randn(&x.v.size(), Kind::BFloat16);
+    let x = inputs("none", &case, 2, Kind::BFloat16);
+    let d_o = randn(6, &x.v.size(), Kind::BFloat16);
     let (out, grads, _) = chained(&x, &d_o, &[0, 50, 100], None, 16).unwrap();
     let (truth, true_grads) = oracle(&x, &d_o, None);
     // ((q k^T) * mask) v, every product rounded to bf16.
@@ -160,9 +170,8 @@ fn bf16_is_as_good_as_naive_bf16() {
 #[test]
 fn a_token_changes_nothing_before_it() {
     for decay in DECAYS {
-        tch::manual_seed(3);
         let case = Case { b: 1, t: 90, h: 2, dk: 8, dv: 8 };
-        let x = inputs(decay, &case, Kind::Float);
+        let x = inputs(decay, &case, 3, Kind::Float);
         let mixer = Chunkwise::new(32, 1.0).unwrap();
         let before = mixer.forward(&x, None).unwrap().finish().unwrap();
         for j in [0, 31, 32, 50, 89] {
@@ -186,8 +195,8 @@ fn a_token_changes_nothing_before_it() {
 
 #[test]
 fn wrong_inputs_are_named() {
-    let x = randn(&[1, 4, 2, 8], Kind::Float);
-    let error = Inputs::new(&x, &x, &x, Some(&randn(&[1, 4, 3], Kind::Float))).unwrap_err().to_string();
+    let x = randn(1, &[1, 4, 2, 8], Kind::Float);
+    let error = Inputs::new(&x, &x, &x, Some(&randn(2, &[1, 4, 3], Kind::Float))).unwrap_err().to_string();
     assert!(error.contains("log_decay") && error.contains("[1, 4, 3]"), "{error}");
     let error = Chunkwise::new(48, 1.0).unwrap_err().to_string();
     assert!(error.contains("48") && error.contains("power of two"), "{error}");

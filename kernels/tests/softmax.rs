@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use kernels::softmax::{self, Tile, blockwise, oracle};
-use kernels::testing::{assert_close, cuda, relative_rms};
+use kernels::testing::{assert_close, cuda, randn, relative_rms};
 use kernels::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -55,13 +55,12 @@ impl Case {
     }
 
     fn inputs_on(&self, device: Device, kind: Kind) -> Inputs {
-        tch::manual_seed(7);
-        let randn = |size: [i64; 4]| Tensor::randn(size, (Kind::Double, Device::Cpu)).to_kind(kind).to_device(device);
+        let numbers = |seed, size: [i64; 4]| randn(seed, &size).to_kind(kind).to_device(device);
         Inputs {
-            q: randn([self.b, self.tq, self.h, self.k]),
-            k: randn([self.b, self.tk, self.hkv, self.k]),
-            v: randn([self.b, self.tk, self.hkv, self.v]),
-            d_o: randn([self.b, self.tq, self.h, self.v]),
+            q: numbers(7, [self.b, self.tq, self.h, self.k]),
+            k: numbers(8, [self.b, self.tk, self.hkv, self.k]),
+            v: numbers(9, [self.b, self.tk, self.hkv, self.v]),
+            d_o: numbers(10, [self.b, self.tq, self.h, self.v]),
             scale: 1.3 / (self.k as f64).sqrt(),
         }
     }

@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use collectives::Group;
+pub use kernels::testing::randn;
 use kernels::testing::{assert_close_at, rms};
 use runtime::config::LayoutKind;
 use runtime::sequence::{Count, Layout, Messages, Plan};
@@ -74,23 +75,6 @@ pub fn sizes() -> Vec<Sizes> {
         packed(&[90, 3]),
         packed(&[1; 11]),
     ]
-}
-
-/// Normal numbers that depend on `seed` alone, the same on every rank and in every process.
-pub fn randn(seed: u64, shape: &[i64]) -> Tensor {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
-    let mut uniform = move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    };
-    let count = shape.iter().product::<i64>();
-    let numbers: Vec<f64> = (0..count)
-        .map(|_| (-2.0 * (1.0 - uniform()).ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos())
-        .collect();
-    Tensor::from_slice(&numbers).reshape(shape)
 }
 
 pub fn plan(group: &Group, sizes: &Sizes, layout: LayoutKind) -> Result<Plan> {

@@ -126,15 +126,13 @@ fn fused(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kernels::testing::assert_close;
-    use tch::Device;
+    use kernels::testing::{assert_close, rand, randn};
 
     #[test]
     fn equals_the_plain_loss_and_its_gradients() {
-        let options = (Kind::Double, Device::Cpu);
-        let leaf = |shape: &[i64]| Tensor::randn(shape, options).set_requires_grad(true);
-        let (h, w) = (leaf(&[2, 7, 5]), leaf(&[11, 5]));
-        let labels = Tensor::randint(11, [2, 7], (Kind::Int64, Device::Cpu));
+        let leaf = |seed, shape: &[i64]| randn(seed, shape).set_requires_grad(true);
+        let (h, w) = (leaf(1, &[2, 7, 5]), leaf(2, &[11, 5]));
+        let labels = (rand(3, &[2, 7]) * 11.0).to_kind(Kind::Int64);
         let _ = labels.narrow(1, 3, 1).fill_(IGNORE_INDEX);
         let loss = linear_cross_entropy(&h, &w, &labels).unwrap();
         (&loss * 0.3).backward();
