@@ -18,8 +18,9 @@ use crate::{
 
 const SCALE: f64 = 0.3;
 const BF16_SCALE: f64 = 0.25;
-/// A token that sees only itself has dq = dk = 0 but for rounding, and inputs are of order 1.
-const FLOOR: f64 = 0.01;
+/// A token that sees only itself has dq = dk = 0: terms of order 1 that cancel but for their rounding, of which the order of
+/// the sums in a matrix product, another on every CPU, leaves up to 1e-7. They are held against a tenth of their size.
+const FLOOR: f64 = 0.1;
 
 pub struct SoftmaxCase {
     pub name: String,

@@ -172,8 +172,8 @@ pub fn progress_while_computing(world: &Group) -> Result<()> {
     let pending = [world.all_gather(&x)?, world.all_reduce(&x, Reduce::Sum)?, world.all_to_all(&x)?];
     let ready = || pending.iter().all(Pending::is_ready);
     let span = world.recorder().span("busy");
-    // It takes milliseconds; the limit is for machines that do other things too.
-    let deadline = Instant::now() + Duration::from_secs(20);
+    // It takes milliseconds, in tiny parts seconds; the limit is for machines that do other things too.
+    let deadline = Instant::now() + Duration::from_secs(120);
     let mut value = 1.0f64;
     while !ready() && Instant::now() < deadline {
         for _ in 0..10_000 {
@@ -181,7 +181,7 @@ pub fn progress_while_computing(world: &Group) -> Result<()> {
         }
     }
     drop(span);
-    ensure!(ready(), "nothing arrived in 20 s of computing");
+    ensure!(ready(), "nothing arrived in 120 s of computing");
     let busy = world.recorder().compute_spans().pop().expect("a span has just ended");
     for pending in pending {
         let _result = pending.wait()?;
