@@ -2,7 +2,6 @@
 
 use collectives::local;
 use lasp_tests::{bf16_linear_cases, determinism, left_product_cases, linear_cases, overlap, scans, softmax_cases};
-use tch::Device;
 
 const RANKS: [usize; 5] = [1, 2, 3, 4, 8];
 
@@ -21,7 +20,7 @@ fn linear_attention_on_every_rank() {
 #[test]
 fn linear_attention_in_bf16_errs_at_most_twice_as_much_as_the_textbook() {
     tch::set_num_threads(1);
-    for case in bf16_linear_cases(Device::Cpu) {
+    for case in bf16_linear_cases() {
         for ranks in 1..=4 {
             if let Err(error) = local::run(ranks, |group| case.check(&group, &scans(&group)?)) {
                 panic!("{}: {error}", case.name);

@@ -136,8 +136,8 @@ mod parity {
     use anyhow::{Context, Result, ensure};
     use collectives::{Group, Tensor};
     use lasp_tests::{
-        Bf16SoftmaxCase, Scans, bf16_linear_cases, determinism, going_on_after_failures, left_product_cases,
-        linear_cases, overlap, scans, softmax_cases,
+        Bf16SoftmaxCase, Scans, bf16_linear_cases, cuda_linear_cases, determinism, going_on_after_failures,
+        left_product_cases, linear_cases, overlap, scans, softmax_cases,
     };
 
     type Case = Box<dyn Fn(&Group, &Scans) -> Result<()>>;
@@ -152,7 +152,8 @@ mod parity {
             linear.push((case.name.clone(), Box::new(move |group, scans| case.check(group, scans))));
         }
         let mut bf16: Vec<(String, Case)> = Vec::new();
-        for case in bf16_linear_cases(world.device()) {
+        let fused = if world.device().is_cuda() { cuda_linear_cases() } else { Vec::new() };
+        for case in bf16_linear_cases().into_iter().chain(fused) {
             bf16.push((case.name.clone(), Box::new(move |group, scans| case.check(group, scans))));
         }
         let case = Bf16SoftmaxCase::new(BF16_TOKENS)?;

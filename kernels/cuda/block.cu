@@ -5,7 +5,7 @@
 //   VECS   how many times 256 threads times 8 columns a row of `norm_*` takes
 //   LANES  threads that share a row of `heads_*`: a power of two, 8 LANES at least the row
 
-#define DEVICE __device__ __forceinline__
+#include "numbers.cuh"
 
 #ifndef VECS
 #define VECS 1
@@ -14,8 +14,6 @@
 #define LANES 16
 #endif
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
 typedef unsigned short bf16;
 
 constexpr int WARP = 32;
@@ -25,15 +23,8 @@ DEVICE float to_float(bf16 x) {
     return __uint_as_float((u32)x << 16);
 }
 
-// Round to nearest, ties to even.
-DEVICE u32 pack(float low, float high) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
 DEVICE bf16 to_bf16(float x) {
-    return (bf16)pack(x, 0.f);
+    return (bf16)pack_bf16(x, 0.f);
 }
 
 struct Eight {
@@ -45,8 +36,8 @@ DEVICE Eight widen(uint4 raw) {
     Eight x;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        x.at[2 * i] = __uint_as_float(words[i] << 16);
-        x.at[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        x.at[2 * i] = low_bf16(words[i]);
+        x.at[2 * i + 1] = high_bf16(words[i]);
     }
     return x;
 }
@@ -62,10 +53,10 @@ DEVICE Eight load(const float* p) {
 
 DEVICE void store(bf16* p, const Eight& x) {
     uint4 raw;
-    raw.x = pack(x.at[0], x.at[1]);
-    raw.y = pack(x.at[2], x.at[3]);
-    raw.z = pack(x.at[4], x.at[5]);
-    raw.w = pack(x.at[6], x.at[7]);
+    raw.x = pack_bf16(x.at[0], x.at[1]);
+    raw.y = pack_bf16(x.at[2], x.at[3]);
+    raw.z = pack_bf16(x.at[4], x.at[5]);
+    raw.w = pack_bf16(x.at[6], x.at[7]);
     *(uint4*)p = raw;
 }
 

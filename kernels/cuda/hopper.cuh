@@ -5,18 +5,11 @@
 // matrix wider than 64 columns as several such blocks one after the other. Tiles start at multiples of 1024 bytes.
 #pragma once
 
-#define DEVICE __device__ __forceinline__
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "numbers.cuh"
 
 struct alignas(64) TensorMap {
     char opaque[128];
 };
-
-DEVICE u32 shared_address(const void* p) {
-    return (u32)__cvta_generic_to_shared(p);
-}
 
 DEVICE void barrier_init(u32 bar, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
@@ -37,6 +30,11 @@ DEVICE void barrier_wait(u32 bar, u32 parity) {
         "@done bra over; \n"
         "bra again; \n"
         "over: }" ::"r"(bar), "r"(parity) : "memory");
+}
+
+// Makes initialised barriers visible to TMA.
+DEVICE void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 // The 128 threads of one warpgroup.
@@ -146,38 +144,4 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], u32 address) {
 DEVICE void store_matrices(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0), "r"(r1),
                  "r"(r2), "r"(r3) : "memory");
-}
-
-DEVICE void store_shared(u32 address, float x) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
-}
-
-DEVICE float load_shared(u32 address) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-    return x;
-}
-
-DEVICE u32 pack_bf16(float low, float high) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-DEVICE float low_bf16(u32 pair) {
-    return __uint_as_float(pair << 16);
-}
-
-DEVICE float high_bf16(u32 pair) {
-    return __uint_as_float(pair & 0xffff0000u);
-}
-
-DEVICE u32 add_bf16(u32 a, u32 b) {
-    return pack_bf16(low_bf16(a) + low_bf16(b), high_bf16(a) + high_bf16(b));
-}
-
-DEVICE float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }

@@ -56,14 +56,14 @@ constexpr __host__ __device__ int max_of(int a, int b) {
 struct Segment {
     int batch, head, start, end;
     int flags;
-    int slot;  // row of its sum and of its entry state
+    int slot;  // row of its sum and of its entry state, if a flag tells of one
     // Where the state at its end is: the row of an entry state, or -1 - the row of a final state.
     int after;
     int unused;
 };
 
-// `flags`: 1 another segment of the chain is before it, 2 another is after it, 4 it is the chain's first, 8 its last.
-// A launch names the flags of the segments that it means.
+// `flags`: 1 another segment of the chain is before it, 2 another is after it, 4 it is the first and a state enters the chain,
+// 8 it is the last and a state leaves. A launch names the flags of the segments that it means.
 
 constexpr int WARP_ARRIVALS = EVERY_THREAD_ARRIVES ? 32 : 1;
 
@@ -72,10 +72,10 @@ DEVICE void warp_arrives(u32 bar, int lane) {
     if (EVERY_THREAD_ARRIVES || lane == 0) barrier_arrive(bar);
 }
 
-// Consecutive segments of one head of one document, in order of time.
+// Consecutive segments of one head of one document, in order of time; only if one of them has a flag.
 struct Chain {
-    int first, count;
-    // Rows of the external entry states and of the final states, or -1.
+    int first, count;  // slots
+    // Rows of the states that enter from outside and of those that leave, or -1; of gradients the other way round.
     int entry, final;
 };
 
@@ -325,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) summarize(const __grid_cons
             barrier_init(full + 8 * i, DECAY ? 1 + WARP_ARRIVALS : 1);
             barrier_init(empty + 8 * i, 4 * WARP_ARRIVALS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_barrier_init();
     }
     __syncthreads();
     const int from = p.first[blockIdx.x], to = p.first[blockIdx.x + 1];
@@ -385,18 +385,19 @@ extern "C" __global__ void __launch_bounds__(256, 1) summarize(const __grid_cons
 // ---- combine ---------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ CombineParams p) {
-    const int at = (blockIdx.x * 128 + threadIdx.x) * 4;
+    const int at = (blockIdx.y * 128 + threadIdx.x) * 4;
     if (at < p.elements) {
-        const Chain c = p.chains[blockIdx.y];
+        const Chain c = p.chains[blockIdx.x];
+        const int entry = p.reverse ? c.final : c.entry, final = p.reverse ? c.entry : c.final;
         const long long size = p.elements;
         float4 state = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (c.entry >= 0 && p.external) state = *reinterpret_cast<const float4*>(p.external + c.entry * size + at);
+        if (entry >= 0 && p.external) state = *reinterpret_cast<const float4*>(p.external + entry * size + at);
 #pragma unroll 4
         for (int i = 0; i < c.count; ++i) {
             const int slot = c.first + (p.reverse ? c.count - 1 - i : i);
             const bool last = i + 1 == c.count;
             *reinterpret_cast<float4*>(p.entries + slot * size + at) = state;
-            if (last && (c.final < 0 || !p.finals)) break;
+            if (last && (final < 0 || !p.finals)) break;
             float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
             if (p.sums) sum = *reinterpret_cast<const float4*>(p.sums + slot * size + at);
             const float a = exp2f(p.decays[slot]);
@@ -405,7 +406,7 @@ extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant_
             state.z = a * state.z + sum.z;
             state.w = a * state.w + sum.w;
         }
-        if (c.final >= 0 && p.finals) *reinterpret_cast<float4*>(p.finals + c.final * size + at) = state;
+        if (final >= 0 && p.finals) *reinterpret_cast<float4*>(p.finals + final * size + at) = state;
     }
 }
 
@@ -478,10 +479,10 @@ DEVICE void outputs(const RunParams& p, const Work& work, u32 x, u32 y, u32 z, u
         if (DOTS && DUAL && Transposed) {
 #pragma unroll
             for (int i = 0; i < 32; ++i) store_shared(work.exchange + 4 * (128 * i + thread), s[i]);
-            asm volatile("bar.arrive 5, 256;" ::: "memory");
+            named_arrive(5, 256);
         }
         constexpr bool PAIRS = DOTS && DUAL && !Transposed;
-        if (PAIRS) asm volatile("bar.sync 5, 256;" ::: "memory");
+        if (PAIRS) named_sync(5, 256);
         float earlier[2] = {0.f, 0.f}, later[16];
 #pragma unroll
         for (int i = 0; i < 16; ++i) later[i] = 0.f;
@@ -561,7 +562,7 @@ DEVICE void outputs(const RunParams& p, const Work& work, u32 x, u32 y, u32 z, u
         pin(o);
     }
     const float scale = p.scale;
-    if (DOTS && DUAL) asm volatile("bar.sync 4, 256;" ::: "memory");  // k has been read for the dots
+    if (DOTS && DUAL) named_sync(4, 256);  // k has been read for the dots
     warpgroup_sync(named);  // all four warps are done with x
     {
         const int r = (lane & 7) + (lane & 8), piece = (lane & 16) / 16;
@@ -592,9 +593,7 @@ DEVICE void outputs(const RunParams& p, const Work& work, u32 x, u32 y, u32 z, u
             const int r = i / (8 * OutBlocks), piece = i % (8 * OutBlocks);
             if (8 * piece >= out_columns) continue;
             const u32 from = x + (piece / 8) * BLOCK + r * 128 + (((piece & 7) ^ (r & 7)) << 4);
-            uint4 v;
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+            uint4 v = load_shared_16(from);
             uint4* at = reinterpret_cast<uint4*>(base + (token + r) * out.token + 8 * piece);
             if (add) {
                 const uint4 old = *at;
@@ -632,7 +631,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
             barrier_init(sh.taken + 8 * i, 4 * WARP_ARRIVALS * OUTPUT_ARRIVALS);
         }
         barrier_init(sh.entered, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_barrier_init();
     }
     __syncthreads();
     const int from = p.first[blockIdx.x], to = p.first[blockIdx.x + 1];

@@ -7,13 +7,13 @@
 use tch::{Kind, Tensor};
 
 use crate::Result;
-use crate::cuda::ops;
+use crate::cuda::{ops, runs_on};
 use crate::linear::accumulation_kind;
 
-/// Whether x `[.., width]` is for the kernels: on CUDA, bf16, and in 16-byte pieces.
+/// Whether x `[.., width]` is for the kernels: where they run, bf16, and in 16-byte pieces.
 fn fused(x: &Tensor, most: i64) -> bool {
     let width = x.size().last().copied().unwrap_or(0);
-    x.device().is_cuda() && x.kind() == Kind::BFloat16 && width % 8 == 0 && width > 0 && width <= most
+    runs_on(x.device()) && x.kind() == Kind::BFloat16 && width % 8 == 0 && width > 0 && width <= most
 }
 
 const ANY: i64 = i64::MAX;

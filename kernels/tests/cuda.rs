@@ -1,10 +1,13 @@
-//! The kernels of `kernels/cuda`: that they compile, and, on a GPU, that each agrees with the plain tensor operations of
-//! `kernels::block` in f64 on the same bf16 numbers.
+//! The kernels of `kernels/cuda/block.cu`: that they compile, and that each agrees with the plain tensor operations of
+//! `kernels::block` in f64 on the same bf16 numbers, on a GPU or, with fewer rows, on the emulator.
 
+mod emulator;
+
+use emulator::{device, slow};
 use kernels::block;
 use kernels::cuda::ops::{self, AdamStep};
 use kernels::cuda::{self, BLOCK};
-use kernels::testing::{assert_close, cuda, relative_rms};
+use kernels::testing::{assert_close, rand, randn, relative_rms};
 use tch::{Device, Kind, Tensor};
 
 /// One rounding to bf16 is an error of at most 2^-9, 1.1e-3 in the mean square.
@@ -37,16 +40,26 @@ fn an_error_of_the_compiler_shows_the_line() {
     assert!(error.contains("broken.cu(1)") && error.contains("undefined"), "{error}");
 }
 
-/// Normal bf16 numbers on the GPU, and the same in f64 on the CPU.
-fn pair(device: Device, shape: &[i64]) -> (Tensor, Tensor) {
-    let x = Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+/// Normal bf16 numbers on the device, and the same in f64 on the CPU.
+fn pair(device: Device, seed: u64, shape: &[i64]) -> (Tensor, Tensor) {
+    let x = randn(seed, shape).to_kind(Kind::BFloat16);
     (x.to_device(device), x.to_kind(Kind::Double))
 }
 
 /// A weight that does not begin at a multiple of 16 bytes, as among the flat parameters.
-fn weight(device: Device, width: i64) -> (Tensor, Tensor) {
-    let (x, x64) = pair(device, &[width + 4]);
+fn weight(device: Device, seed: u64, width: i64) -> (Tensor, Tensor) {
+    let (x, x64) = pair(device, seed, &[width + 4]);
     (x.narrow(0, 4, width), x64.narrow(0, 4, width))
+}
+
+/// Cases of `(rows, columns)`; on the emulator of few rows.
+fn rows<const N: usize>(device: Device, cases: [(i64, i64); N]) -> [(i64, i64); N] {
+    cases.map(|(rows, columns)| (if slow(device) { rows.min(40) } else { rows }, columns))
+}
+
+/// A number of numbers that ends within 8, after several turns of a strided kernel or, on the emulator, one.
+fn numbers(device: Device) -> i64 {
+    if slow(device) { 10_003 } else { 100_003 }
 }
 
 fn same_bits(a: &Tensor, b: &Tensor) -> bool {
@@ -55,10 +68,10 @@ fn same_bits(a: &Tensor, b: &Tensor) -> bool {
 
 #[test]
 fn norms() {
-    let Some(device) = cuda() else { return };
-    for (rows, d) in [(1, 8), (37, 1000), (1027, 2048), (65, 2056), (300, 8192)] {
-        let ((x, x64), (w, w64)) = (pair(device, &[rows, d]), weight(device, d));
-        let ((dy, dy64), (residual, residual64)) = (pair(device, &[rows, d]), pair(device, &[rows, d]));
+    let Some(device) = device(90) else { return };
+    for (rows, d) in rows(device, [(1, 8), (37, 1000), (1027, 2048), (65, 2056), (300, 8192)]) {
+        let ((x, x64), (w, w64)) = (pair(device, 1, &[rows, d]), weight(device, 2, d));
+        let ((dy, dy64), (residual, residual64)) = (pair(device, 3, &[rows, d]), pair(device, 4, &[rows, d]));
         let name = |tensor| format!("{rows} x {d}: {tensor}");
         let (y, rstd) = block::rms_norm(&x, &w, EPS).unwrap();
         let (y64, rstd64) = block::rms_norm(&x64, &w64, EPS).unwrap();
@@ -78,10 +91,10 @@ fn norms() {
 
 #[test]
 fn head_norms_with_gates() {
-    let Some(device) = cuda() else { return };
-    for (rows, d) in [(1, 8), (37, 64), (1003, 96), (5000, 128), (129, 192), (77, 256)] {
-        let ((o, o64), (w, w64)) = (pair(device, &[rows, d]), weight(device, d));
-        let ((gate, gate64), (dy, dy64)) = (pair(device, &[rows, d]), pair(device, &[rows, d]));
+    let Some(device) = device(90) else { return };
+    for (rows, d) in rows(device, [(1, 8), (37, 64), (1003, 96), (5000, 128), (129, 192), (77, 256)]) {
+        let ((o, o64), (w, w64)) = (pair(device, 1, &[rows, d]), weight(device, 2, d));
+        let ((gate, gate64), (dy, dy64)) = (pair(device, 3, &[rows, d]), pair(device, 4, &[rows, d]));
         for with in [true, false] {
             let name = |tensor| format!("{rows} x {d}, gate {with}: {tensor}");
             let y = block::gated_norm(&o, &w, with.then_some(&gate), EPS).unwrap();
@@ -103,9 +116,9 @@ fn head_norms_with_gates() {
 
 #[test]
 fn silu_and_swiglu() {
-    let Some(device) = cuda() else { return };
-    for shape in [[1, 8], [37, 1000], [1024, 2048]] {
-        let [(gate, gate64), (up, up64), (d, d64)] = [(); 3].map(|()| pair(device, &shape));
+    let Some(device) = device(90) else { return };
+    for (rows, d) in rows(device, [(1, 8), (37, 1000), (1024, 2048)]) {
+        let [(gate, gate64), (up, up64), (d, d64)] = [1, 2, 3].map(|seed| pair(device, seed, &[rows, d]));
         assert_close("silu", &block::silu(&gate).unwrap(), &block::silu(&gate64).unwrap(), ROUNDED);
         let back = |x, dy: &Tensor| block::silu_backward(x, dy.copy()).unwrap();
         assert_close("silu dx", &back(&gate, &d), &back(&gate64, &d64), ROUNDED);
@@ -121,10 +134,10 @@ fn silu_and_swiglu() {
 
 #[test]
 fn rotary_angles() {
-    let Some(device) = cuda() else { return };
+    let Some(device) = device(90) else { return };
     for (b, t, h, k) in [(1, 1, 1, 16), (2, 37, 3, 64), (1, 1000, 16, 128)] {
         let ((x, x64), (cos, cos64), (sin, sin64)) =
-            (pair(device, &[b, t, h, k]), pair(device, &[t, 1, k / 2]), pair(device, &[t, 1, k / 2]));
+            (pair(device, 1, &[b, t, h, k]), pair(device, 2, &[t, 1, k / 2]), pair(device, 3, &[t, 1, k / 2]));
         for back in [false, true] {
             let truth = block::rotary(&x64, &cos64, &sin64, back).unwrap();
             assert_close("turned", &block::rotary(&x, &cos, &sin, back).unwrap(), &truth, ROUNDED);
@@ -134,11 +147,11 @@ fn rotary_angles() {
 
 #[test]
 fn losses() {
-    let Some(device) = cuda() else { return };
-    for (rows, vocab) in [(1, 8), (33, 256), (65, 1000), (17, 128_256)] {
-        let (logits, logits64) = pair(device, &[rows, vocab]);
+    let Some(device) = device(90) else { return };
+    for (rows, vocab) in rows(device, [(1, 8), (33, 256), (65, 1000), (17, 128_256)]) {
+        let (logits, logits64) = pair(device, 1, &[rows, vocab]);
         let (logits, logits64) = (logits * 4.0, logits64 * 4.0);
-        let labels = Tensor::randint(vocab, [rows], (Kind::Int64, Device::Cpu));
+        let labels = (rand(2, &[rows]) * vocab as f64).to_kind(Kind::Int64);
         let _ = labels.narrow(0, 0, rows / 3).fill_(-100);
         let truth = block::cross_entropy(logits64, &labels, -100, true).unwrap();
         let labels = labels.to_device(device);
@@ -152,8 +165,8 @@ fn losses() {
 
 #[test]
 fn products_add_to_f32() {
-    let Some(device) = cuda() else { return };
-    let ((a, a64), (b, b64)) = (pair(device, &[300, 520]), pair(device, &[520, 130]));
+    let Some(device) = device(90) else { return };
+    let ((a, a64), (b, b64)) = (pair(device, 1, &[300, 520]), pair(device, 2, &[520, 130]));
     let mut sum = Tensor::ones([300, 130], (Kind::Float, device));
     for _ in 0..2 {
         block::add_product(&mut sum, &a, &b).unwrap();
@@ -163,9 +176,9 @@ fn products_add_to_f32() {
 
 #[test]
 fn masters_come_apart_and_together() {
-    let Some(device) = cuda() else { return };
-    let n = 100_003;
-    let master = Tensor::randn([n], (Kind::Float, device)) * 0.02;
+    let Some(device) = device(90) else { return };
+    let n = numbers(device);
+    let master = (randn(1, &[n]) * 0.02).to_kind(Kind::Float).to_device(device);
     let (high, low) = (Tensor::zeros([n], (Kind::BFloat16, device)), Tensor::zeros([n], (Kind::Int16, device)));
     ops::split_master(&master, &high, &low).unwrap();
     assert!(same_bits(&ops::join_master(&high, &low).unwrap(), &master), "every bit of the master is kept");
@@ -176,10 +189,10 @@ fn masters_come_apart_and_together() {
 /// Three steps of AdamW, with clipping and with a scaled gradient, against its formulas in f64.
 #[test]
 fn adamw() {
-    let Some(device) = cuda() else { return };
-    let (n, decayed, clip) = (100_003i64, 60_001, 0.5);
+    let Some(device) = device(90) else { return };
+    let (n, decayed, clip) = (numbers(device), 6001, 0.5);
     for kind in [Kind::BFloat16, Kind::Float] {
-        let start = Tensor::randn([n], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+        let start = randn(1, &[n]).to_kind(Kind::BFloat16);
         let high = start.to_device(device);
         let low = Tensor::zeros([n], (Kind::Int16, device));
         let [mean, square] = [(); 2].map(|()| Tensor::zeros([n], (Kind::Float, device)));
@@ -187,7 +200,7 @@ fn adamw() {
         let [mut m, mut v] = [(); 2].map(|()| Tensor::zeros([n], (Kind::Double, Device::Cpu)));
         for step in 1..=3u64 {
             let a = AdamStep { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step, decayed };
-            let grad = Tensor::randn([n], (Kind::Float, Device::Cpu)).to_kind(kind);
+            let grad = randn(1 + step, &[n]).to_kind(kind);
             let scale = 0.25;
             let on_gpu = grad.to_device(device);
             let clipping = ops::clipping(&on_gpu, scale, clip).unwrap();

@@ -4,7 +4,7 @@
 use kernels::Result;
 use kernels::linear::chunkwise::Chunkwise;
 use kernels::linear::oracle::{OracleGrads, Outputs, Whole};
-use kernels::linear::{Grads, Inputs, StateMixer};
+use kernels::linear::{Grads, Inputs, Piece, StateMixer};
 use kernels::testing::{self, assert_close, assert_close_at, rand, relative_rms, rms};
 use tch::{Device, Kind, Tensor};
 
@@ -57,9 +57,9 @@ fn chained(
     let (mut o, mut entries) = (Vec::new(), Vec::new());
     for &(start, length) in &pieces {
         let mut segment = mixer.forward(&x.narrow(start, length)?, None)?;
-        let summary = segment.summarize()?;
+        let summary = segment.summarize(0)?;
         segment.run()?;
-        segment.add_entry(&state)?;
+        segment.add_entry(0, &state)?;
         entries.push(state.shallow_clone());
         state = summary.after(&state)?;
         o.push(segment.finish()?);
@@ -68,9 +68,9 @@ fn chained(
     let mut grads = Vec::new();
     for (&(start, length), entry) in pieces.iter().zip(&entries).rev() {
         let mut segment = mixer.backward(&x.narrow(start, length)?, Some(entry), &d_o.narrow(1, start, length))?;
-        let summary = segment.summarize_grad()?;
+        let summary = segment.summarize_grad(0)?;
         segment.run_grad()?;
-        segment.add_exit(&exit)?;
+        segment.add_exit(0, &exit)?;
         exit = summary.after(&exit)?;
         grads.insert(0, segment.finish()?);
     }
@@ -200,4 +200,18 @@ fn wrong_inputs_are_named() {
     assert!(error.contains("log_decay") && error.contains("[1, 4, 3]"), "{error}");
     let error = Chunkwise::new(48, 1.0).unwrap_err().to_string();
     assert!(error.contains("48") && error.contains("power of two"), "{error}");
+
+    let (mixer, x) = (Chunkwise::new(4, 1.0).unwrap(), Inputs::new(&x, &x, &x, None).unwrap());
+    let pieces = |lengths: [i64; 2]| lengths.map(|tokens| Piece { tokens, enters: false, leaves: false });
+    let state = || Some(randn(3, &[1, 2, 8, 8], Kind::Float));
+    let fails = |lengths, entries: &[Option<Tensor>]| match mixer.forward_pieces(&x, &pieces(lengths), entries) {
+        Ok(_) => panic!("{lengths:?} passed"),
+        Err(error) => error.to_string(),
+    };
+    for lengths in [[1, 2], [4, 0], [5, -1]] {
+        let error = fails(lengths, &[None, None]);
+        assert!(error.contains("[1, 4, 2, 8]") && error.contains(&format!("{lengths:?}")), "{error}");
+    }
+    assert!(fails([1, 3], &[None]).contains("each of 2"));
+    assert!(fails([1, 3], &[None, state()]).contains("piece 1"));
 }

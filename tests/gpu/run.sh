@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # What needs a GPU: the collectives and the parity list over NCCL on 1, 2 and 4 processes, training losses against the CPU's, the
-# CUDA kernels, and `lasp attend` against PyTorch.
+# CUDA kernels, `lasp attend` against PyTorch, and `lasp compare` in all modes on 1, 2 and 4 processes.
 #
-#   tests/gpu/run.sh [nccl] [parity] [training] [kernels] [attend]      all of them if none is named
+#   tests/gpu/run.sh [nccl] [parity] [training] [kernels] [attend] [compare]      all of them if none is named
 #
 # LASP_NCCL names another libnccl.so.2 than libtorch's own: several ranks on one GPU need 2.30 or later. LASP_PROGRAMS is a folder
-# that holds the programs (lasp, nccl, parity_nccl, cuda, cuda_linear), LASP_LOGS one for their output. LASP_LIMIT: seconds for
-# each part. `attend` wants a python3 with torch and safetensors.
+# that holds the programs (lasp, nccl, parity_nccl, cuda, cuda_linear, cuda_packed), LASP_LOGS one for their output. LASP_LIMIT:
+# seconds for each part. `attend` wants a python3 with torch and safetensors.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-PARTS=${*:-nccl parity training kernels attend}
+PARTS=${*:-nccl parity training kernels attend compare}
 LOGS=${LASP_LOGS:-target/gpu}
 LIMIT=${LASP_LIMIT:-900}
 mkdir -p "$LOGS"
@@ -22,7 +22,7 @@ if [ -z "${LASP_PROGRAMS:-}" ]; then
   mkdir -p "$LASP_PROGRAMS"
   cargo build --release --package lasp || exit 1
   ln -sf "$PWD/target/release/lasp" "$LASP_PROGRAMS/lasp"
-  for at in collectives/nccl lasp-tests/parity_nccl kernels/cuda kernels/cuda_linear; do
+  for at in collectives/nccl lasp-tests/parity_nccl kernels/cuda kernels/cuda_linear kernels/cuda_packed; do
     program=$(cargo test --release --no-run --package "${at%/*}" --test "${at#*/}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
     [ -n "$program" ] || { echo "cannot build $at"; exit 1; }
     ln -sf "$PWD/$program" "$LASP_PROGRAMS/${at#*/}"
@@ -32,7 +32,7 @@ P=$LASP_PROGRAMS
 
 nccl() { "$P/nccl"; }
 parity() { "$P/parity_nccl"; }
-kernels() { "$P/cuda" --test-threads=1 && "$P/cuda_linear" --test-threads=1; }
+kernels() { for of in cuda cuda_linear cuda_packed; do "$P/$of" --test-threads=1 || return 1; done; }
 attend() { LASP=$P/lasp python3 tests/pytorch/attend.py --device cuda; }
 
 # 20 steps of a small model, pure linear and hybrid: the losses of 1, 2 and 4 ranks with GPUs are those of one CPU.
@@ -57,18 +57,40 @@ training() {
   python3 tests/gpu/losses.py "$runs" "$device"
 }
 
+# Every method in every mode, at lengths of which one is odd: a row has figures only where parity and bytes are right.
+compare() {
+  local out=$LOGS/compare device=${LASP_DEVICE:-cuda} failed=0
+  rm -rf "$out" && mkdir -p "$out"
+  go() { # ranks mode mixer
+    local name=$1-$2-$3 start=()
+    [ "$1" = 1 ] || start=(mpirun --oversubscribe --bind-to none -n "$1")
+    "${start[@]}" "$P/lasp" compare --device "$device" --ranks "$1" --mode "$2" --mixer "$3" --seq-lens 1021,4096 --rounds 5 \
+      --heads 4 --kv-heads 4 --dim 64 --out "$out/$name" < /dev/null > "$out/$name.log" 2>&1 &&
+      python3 tests/gpu/compare.py "$out/$name/results.jsonl" "$device" "$1" || { echo "$name: FAILED"; tail -n 20 "$out/$name.log"; failed=1; }
+  }
+  for ranks in 1 2 4; do
+    if ! "$P/lasp" doctor --json | python3 tests/gpu/compare.py --allows "$ranks" "$device"; then continue; fi
+    for mode in operator train layer; do
+      # Four ranks have more communicators to make, and nothing that two have not, but in the operators themselves.
+      [ $ranks = 4 ] && [ $mode = layer ] && continue
+      for mixer in linear softmax; do go $ranks $mode $mixer; done
+    done
+  done
+  return $failed
+}
+
 failed=0
 for part in $PARTS; do
   began=$SECONDS
   case $part in
-    nccl | parity | training | kernels | attend) ;;
+    nccl | parity | training | kernels | attend | compare) ;;
     *) echo "no part $part"; exit 2 ;;
   esac
   export -f "$part"
   export P LOGS
   timeout "$LIMIT" bash -uo pipefail -c "$part" > "$LOGS/$part.log" 2>&1
   status=$?
-  grep -E '^not tested|^test |^test result|panicked|relative|cases|differ|FAILED|rror' "$LOGS/$part.log" | tail -n "${LASP_LINES:-40}"
+  grep -E '^not tested|^test |^test result|panicked|relative|cases|rows|differ|FAILED|rror' "$LOGS/$part.log" | tail -n "${LASP_LINES:-40}"
   echo "== $part: $([ $status = 0 ] && echo ok || echo "FAILED ($status)"), $((SECONDS - began)) s, $LOGS/$part.log"
   [ $status = 0 ] || failed=1
 done

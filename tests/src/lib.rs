@@ -24,7 +24,7 @@ use tch::{Kind, Tensor};
 
 pub use hold::{going_on_after_failures, hold, is_held};
 pub use left_product::{LeftProductCase, left_product_cases};
-pub use linear::{LinearCase, Scans, bf16_linear_cases, linear_cases, scans};
+pub use linear::{LinearCase, Scans, bf16_linear_cases, cuda_linear_cases, linear_cases, scans};
 pub use softmax::{Bf16SoftmaxCase, SoftmaxCase, softmax_cases};
 
 pub const LAYOUTS: [LayoutKind; 2] = [LayoutKind::Contiguous, LayoutKind::Zigzag];

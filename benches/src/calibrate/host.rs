@@ -14,12 +14,13 @@ use kernels::linear::left_product;
 use kernels::linear::{BackwardSegment, Decay, ForwardSegment, Inputs, StateMixer};
 use kernels::softmax::{self, Tile};
 use runtime::config::DecayKind;
-use runtime::model::Model;
+use runtime::model::{Model, constant_decay};
 use tch::{Device, Kind, Tensor};
 
 use crate::simulate::Pass;
 use crate::simulate::host::{
-    ADD, COPY, DENSE_WIDTHS, Host, JOIN, Kernel, dense_kernel, dense_model, linear_kernel, pairs_kernel,
+    ADD, COPY, DENSE_WIDTHS, Host, JOIN, Kernel, dense_kernel, dense_model, left_product_kind, linear_kernel,
+    pairs_kernel,
 };
 
 use super::{CHUNK, DIM, F32, HEADS};
@@ -44,8 +45,18 @@ const COLD: i64 = 12 << 20;
 /// Names of parts and their seconds.
 type Times = Vec<(String, f64)>;
 
-/// Collective over `world`; the same on every rank.
-pub fn host(world: &Group, quick: bool, measured: &mut Vec<String>) -> Result<Host> {
+/// What can be measured by itself.
+pub const KINDS: [&str; 5] = ["copies", "dense", "linear", "softmax", "left_product"];
+
+/// The kernels of one of [`KINDS`]. Collective over `world`; the same on every rank.
+pub fn kernels(world: &Group, kind: &str, quick: bool) -> Result<Vec<Kernel>> {
+    let [shared, _, alone] = measure(world, quick, |job| job.kind == kind, vec![])?;
+    Ok([shared, alone].concat())
+}
+
+/// The kernels on all ranks at once with their share of the cores; `also` on rank 0 with as much while the others wait; and the
+/// kernels on it with all cores, if those are more.
+fn measure(world: &Group, quick: bool, wanted: impl Fn(&Job) -> bool, also: Vec<Job>) -> Result<[Vec<Kernel>; 3]> {
     let _guard = tch::no_grad_guard();
     let cores = thread::available_parallelism().map_or(1, Into::into);
     let cold = Tensor::f_ones([COLD], F32)?;
@@ -53,15 +64,12 @@ pub fn host(world: &Group, quick: bool, measured: &mut Vec<String>) -> Result<Ho
     // No more ranks at once than there are cores.
     let busy = world.rank() < cores;
     let group = world.split("kernels", usize::from(busy), world.rank())?;
-    let (jobs, rounds) = if quick { (jobs(2), 1) } else { (jobs(usize::MAX), RUNS) };
-    // All ranks at once with their share of the cores; rank 0 with as much while the others wait; and with all cores.
-    let settings = [(among, false), (among, true), (cores as i32, true)];
-    let mut ranks: Vec<Ranks> = settings
-        .map(|(threads, alone)| Ranks { world, group: &group, busy, alone, threads, cold: &cold, jobs: vec![] })
-        .into();
-    ranks[2].jobs = if cores as i32 > among { jobs.clone() } else { vec![] };
-    ranks[0].jobs = jobs;
-    ranks[1].jobs = vec![Job { size: ALONE, of: |ranks, size| segment(ranks, size, DecayKind::None), runs: vec![] }];
+    let (mut jobs, rounds) = if quick { (jobs(2), 1) } else { (jobs(usize::MAX), RUNS) };
+    jobs.retain(wanted);
+    let with_all = if cores as i32 > among { jobs.clone() } else { vec![] };
+    let settings = [(among, false, jobs), (among, true, also), (cores as i32, true, with_all)];
+    let mut ranks =
+        settings.map(|(threads, alone, jobs)| Ranks { world, group: &group, busy, alone, threads, cold: &cold, jobs });
     // Again and again, so that a disturbance of some seconds does not spoil all runs of a kernel.
     for run in 0..rounds + 1 {
         for ranks in &mut ranks {
@@ -71,14 +79,22 @@ pub fn host(world: &Group, quick: bool, measured: &mut Vec<String>) -> Result<Ho
             done?;
         }
     }
-    let mut kernels = ranks[0].kernels()?;
+    Ok([ranks[0].kernels()?, ranks[1].kernels()?, ranks[2].kernels()?])
+}
+
+/// Collective over `world`; the same on every rank.
+pub fn host(world: &Group, quick: bool, measured: &mut Vec<String>) -> Result<Host> {
+    let cores = thread::available_parallelism().map_or(1, Into::into);
+    let of = |ranks: &Ranks, size| segment(ranks, size, DecayKind::None);
+    let one = Job { kind: "linear", size: ALONE, of, runs: vec![] };
+    let [mut kernels, by_itself, with_all] = measure(world, quick, |_| true, vec![one])?;
     let name = linear_kernel(DecayKind::None, Pass::Backward, "run");
     let us = |kernels: &[Kernel]| -> Result<f64> {
         let kernel = kernels.iter().find(|kernel| kernel.name == name).context("no kernel")?;
         kernel.at.iter().position(|at| *at == ALONE as f64).map(|i| kernel.us[i]).context("no such size")
     };
-    let alone = (us(&kernels)? / us(&ranks[1].kernels()?)?).max(1.0);
-    kernels.extend(ranks[2].kernels()?);
+    let alone = (us(&kernels)? / us(&by_itself)?).max(1.0);
+    kernels.extend(with_all);
     let [wake, wake_busy, slice] = waits(world, cores)?;
     measured.push(format!(
         "a core among idle ones: {alone:.2} times as fast as among busy ones; a thread wakes after {wake:.0} us, among \
@@ -114,6 +130,7 @@ struct Ranks<'a> {
 /// A kernel at a size, and what its parts took on this rank.
 #[derive(Clone)]
 struct Job {
+    kind: &'static str,
     size: i64,
     of: fn(&Ranks, i64) -> Result<Times>,
     runs: Vec<Times>,
@@ -187,20 +204,22 @@ fn names(times: Option<&Times>, world: &Group) -> Result<Vec<String>> {
 /// At so many sizes of each kernel.
 fn jobs(most: usize) -> Vec<Job> {
     let mut jobs = Vec::new();
-    let mut add = |sizes: &[i64], of: fn(&Ranks, i64) -> Result<Times>| {
-        jobs.extend(sizes.iter().take(most).map(|&size| Job { size, of, runs: vec![] }));
+    let mut add = |kind: &'static str, sizes: &[i64], of: fn(&Ranks, i64) -> Result<Times>| {
+        jobs.extend(sizes.iter().take(most).map(|&size| Job { kind, size, of, runs: vec![] }));
     };
-    add(COPIES, copies);
-    add(DENSE, |ranks, tokens| dense(ranks, tokens, DENSE_WIDTHS[0]));
-    add(DENSE, |ranks, tokens| dense(ranks, tokens, DENSE_WIDTHS[1]));
-    add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::None));
-    add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Lightning));
-    add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Token));
-    add(SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Channel));
-    add(CAUSAL_TILES, |ranks, tokens| softmax_tile(ranks, tokens, true));
-    add(CAUSAL_TILES, |ranks, tokens| left_product_tile(ranks, tokens, true));
-    add(FULL_TILES, |ranks, tokens| softmax_tile(ranks, tokens, false));
-    add(FULL_TILES, |ranks, tokens| left_product_tile(ranks, tokens, false));
+    add("copies", COPIES, copies);
+    add("dense", DENSE, |ranks, tokens| dense(ranks, tokens, DENSE_WIDTHS[0]));
+    add("dense", DENSE, |ranks, tokens| dense(ranks, tokens, DENSE_WIDTHS[1]));
+    add("linear", SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::None));
+    add("linear", SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Lightning));
+    add("linear", SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Token));
+    add("linear", SEGMENTS, |ranks, tokens| segment(ranks, tokens, DecayKind::Channel));
+    add("softmax", CAUSAL_TILES, |ranks, tokens| softmax_tile(ranks, tokens, true));
+    add("left_product", CAUSAL_TILES, |ranks, tokens| left_product_tile(ranks, tokens, true, DecayKind::None));
+    add("left_product", CAUSAL_TILES, |ranks, tokens| left_product_tile(ranks, tokens, true, DecayKind::Lightning));
+    add("softmax", FULL_TILES, |ranks, tokens| softmax_tile(ranks, tokens, false));
+    add("left_product", FULL_TILES, |ranks, tokens| left_product_tile(ranks, tokens, false, DecayKind::None));
+    add("left_product", FULL_TILES, |ranks, tokens| left_product_tile(ranks, tokens, false, DecayKind::Lightning));
     jobs
 }
 
@@ -257,22 +276,22 @@ fn segment(ranks: &Ranks, tokens: i64, decay: DecayKind) -> Result<Times> {
 
     let mut forward: Box<dyn ForwardSegment> = mixer.forward(&x, None)?;
     took(Pass::Forward, "open", &mut laps);
-    let _ = forward.summarize()?;
+    let _ = forward.summarize(0)?;
     took(Pass::Forward, "summarize", &mut laps);
     forward.run()?;
     took(Pass::Forward, "run", &mut laps);
-    forward.add_entry(&state)?;
+    forward.add_entry(0, &state)?;
     took(Pass::Forward, "add", &mut laps);
     let _ = forward.finish()?;
     took(Pass::Forward, "finish", &mut laps);
 
     let mut backward: Box<dyn BackwardSegment> = mixer.backward(&x, Some(&state), &d_o)?;
     took(Pass::Backward, "open", &mut laps);
-    let _ = backward.summarize_grad()?;
+    let _ = backward.summarize_grad(0)?;
     took(Pass::Backward, "summarize", &mut laps);
     backward.run_grad()?;
     took(Pass::Backward, "run", &mut laps);
-    backward.add_exit(&state)?;
+    backward.add_exit(0, &state)?;
     took(Pass::Backward, "add", &mut laps);
     let _ = backward.finish()?;
     took(Pass::Backward, "finish", &mut laps);
@@ -326,15 +345,18 @@ fn softmax_tile(ranks: &Ranks, tokens: i64, causal: bool) -> Result<Times> {
     Ok(vec![(name(Pass::Forward), forward), (name(Pass::Backward), laps.lap())])
 }
 
-fn left_product_tile(ranks: &Ranks, tokens: i64, causal: bool) -> Result<Times> {
+/// With Lightning's decays of a first layer, which underflow at distances as they do in a model.
+fn left_product_tile(ranks: &Ranks, tokens: i64, causal: bool, decay: DecayKind) -> Result<Times> {
     let (q, k, v, d_o) =
         (random(tokens, HEADS)?, random(tokens, HEADS)?, random(tokens, HEADS)?, random(tokens, HEADS)?);
     let tiles = [left_product::Tile { q: 0..tokens, k: 0..tokens, ahead: if causal { 0 } else { tokens } }];
+    let log_decay = constant_decay(decay, HEADS, 0, 2)?.map(|g| g.f_to_kind(Kind::Float)).transpose()?;
+    let of_heads = log_decay.map_or(Decay::None, Decay::Head);
     let mut laps = ranks.ready()?;
-    let _ = left_product::forward(&q, &k, &v, &Decay::None, &tiles, 0.125)?;
+    let _ = left_product::forward(&q, &k, &v, &of_heads, &tiles, 0.125)?;
     let forward = laps.lap();
-    left_product::backward(&q, &k, &v, &Decay::None, false, &d_o, &tiles, 0.125)?;
-    let name = |pass| pairs_kernel("left_product", causal, pass);
+    left_product::backward(&q, &k, &v, &of_heads, false, &d_o, &tiles, 0.125)?;
+    let name = |pass| pairs_kernel(left_product_kind(decay), causal, pass);
     Ok(vec![(name(Pass::Forward), forward), (name(Pass::Backward), laps.lap())])
 }
 

@@ -2,6 +2,7 @@
 //! API, with its errors in words. Contexts are the devices' primary ones, which libtorch uses too.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::path::Path;
 use std::sync::OnceLock;
 
 use libloading::Library;
@@ -66,16 +67,21 @@ macro_rules! calls {
     ($($name:ident = $symbol:literal ( $($type:ty),* );)*) => {
         pub(super) struct Driver {
             $($name: unsafe extern "C" fn($($type),*) -> Status,)*
+            /// Of kernels/emulator: device 0 is the CPU.
+            pub(super) emulated: bool,
             _library: Library,
         }
 
         impl Driver {
             fn open() -> Result<Self> {
-                let library = library::open_any(&["libcuda.so.1".into()], "the CUDA driver")?;
+                let emulator = library::emulator();
+                let name = emulator.unwrap_or(Path::new("libcuda.so.1"));
+                let library = library::open_any(&[name.to_owned()], "the CUDA driver")?;
                 // SAFETY: the signatures are those of cuda.h.
                 unsafe {
                     Ok(Self {
                         $($name: *library.get($symbol).map_err(|e| Error::Cuda(e.to_string()))?,)*
+                        emulated: emulator.is_some(),
                         _library: library,
                     })
                 }

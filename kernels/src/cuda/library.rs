@@ -1,10 +1,26 @@
-//! Finding shared libraries: where PyTorch's wheels have them, and then where the loader looks.
+//! Finding shared libraries: where PyTorch's wheels have them, and then where the loader looks; or, for tests, the emulator.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use libloading::Library;
 
 use crate::{Error, Result};
+
+static EMULATOR: OnceLock<PathBuf> = OnceLock::new();
+
+/// Takes `library`, `kernels/emulator` compiled, for the driver and its compiler: from then on the kernels run on tensors on
+/// the CPU, slowly. For tests where there is no GPU; nothing else calls it. An error in a process that has a driver already.
+pub fn emulate(library: &Path) -> Result<()> {
+    if EMULATOR.get_or_init(|| library.to_owned()) != library || !super::driver::driver()?.emulated {
+        return Err(Error::Cuda(format!("emulating by {}: this process has a driver already", library.display())));
+    }
+    Ok(())
+}
+
+pub(super) fn emulator() -> Option<&'static Path> {
+    EMULATOR.get().map(PathBuf::as_path)
+}
 
 /// The folders `nvidia/*/lib` beside libtorch's own package, as PyTorch's wheels lie; sorted, the newest CUDA first.
 pub(super) fn beside_libtorch() -> Vec<PathBuf> {

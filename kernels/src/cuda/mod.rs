@@ -3,16 +3,23 @@
 //! Nothing links to CUDA. [`driver`] and [`nvrtc`] are the two libraries, opened at run time; [`cache`] keeps what was compiled;
 //! this file puts them together: a [`Program`] is a file of `kernels/cuda`, [`kernel`] finds one of its functions for a device,
 //! and [`Kernel::launch`] enqueues it. What a kernel computes is written beside its caller, in [`ops`] and the files of mixers.
+//!
+//! Tests where there is no GPU put `kernels/emulator` in the place of both libraries ([`emulate`]) and the CPU in that of the
+//! device. It checks what kernels compute, in several orders of threads and at several times of asynchronous instructions;
+//! where threads wait; bounds and alignment of shared memory; limits of launches. It does not check the fences that the memory
+//! model asks for, nor what ptxas makes of a kernel.
 
 pub mod cache;
 mod driver;
 mod library;
 pub mod linear;
+pub mod mma;
 mod nvrtc;
 pub mod ops;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tch::{Device, Tensor};
@@ -20,6 +27,8 @@ use tch::{Device, Tensor};
 pub use cache::keep_in;
 pub use driver::Launch;
 use driver::{Attribute, Context, Event, Function, Module, driver};
+pub use library::emulate;
+use nvrtc::Nvrtc;
 
 use crate::{Error, Result};
 
@@ -33,7 +42,10 @@ pub struct Program {
 }
 
 /// The fused operations of a block, the loss and the optimizer.
-pub const BLOCK: Program = Program { name: "block", source: include_str!("../../cuda/block.cu"), headers: &[] };
+pub const BLOCK: Program = Program { name: "block", source: include_str!("../../cuda/block.cu"), headers: &[NUMBERS] };
+
+/// What all programs include.
+pub(crate) const NUMBERS: (&str, &str) = ("numbers.cuh", include_str!("../../cuda/numbers.cuh"));
 
 /// What a kernel is given.
 #[derive(Clone, Copy)]
@@ -84,11 +96,26 @@ pub fn name(device: Device) -> Result<String> {
     driver()?.name(gpu(device)?.index)
 }
 
-/// The device of a tensor; an error on the CPU and where there is no driver.
+/// Whether kernels run on this device: a GPU, or the CPU of a test that has called [`emulate`].
+pub fn runs_on(device: Device) -> bool {
+    device.is_cuda() || (device == Device::Cpu && emulated())
+}
+
+fn emulator() -> Option<&'static Path> {
+    library::emulator().filter(|_| driver().is_ok_and(|driver| driver.emulated))
+}
+
+fn emulated() -> bool {
+    emulator().is_some()
+}
+
+/// The device of a tensor; an error where kernels do not run and where there is no driver.
 pub fn gpu(device: Device) -> Result<Gpu> {
     static GPUS: OnceLock<Mutex<HashMap<usize, Gpu>>> = OnceLock::new();
-    let Device::Cuda(index) = device else {
-        return Err(Error::Unsupported(format!("a CUDA kernel for a tensor on {device:?}")));
+    let index = match device {
+        Device::Cuda(index) if !emulated() => index,
+        Device::Cpu if emulated() => 0,
+        _ => return Err(Error::Unsupported(format!("a CUDA kernel for a tensor on {device:?}"))),
     };
     let mut gpus = lock(GPUS.get_or_init(Mutex::default));
     if let Some(gpu) = gpus.get(&index) {
@@ -116,7 +143,10 @@ pub fn gpu(device: Device) -> Result<Gpu> {
 
 /// Compiles a program for an architecture such as `sm_90a`, with `defines` such as `WIDTH=2048`. Needs no GPU.
 pub fn compile(program: &Program, arch: &str, defines: &[String]) -> Result<Vec<u8>> {
-    let nvrtc = nvrtc::nvrtc()?;
+    compile_by(nvrtc::nvrtc()?, program, arch, defines)
+}
+
+fn compile_by(nvrtc: &Nvrtc, program: &Program, arch: &str, defines: &[String]) -> Result<Vec<u8>> {
     let mut options = vec![format!("--gpu-architecture={arch}"), "--std=c++17".to_owned()];
     options.extend(defines.iter().map(|define| format!("-D{define}")));
     nvrtc.compile(&format!("{}.cu", program.name), program.source, program.headers, &options)
@@ -134,6 +164,10 @@ pub fn compiler() -> Result<(i32, i32)> {
 
 /// [`compile`], or what an earlier run has left of it.
 fn cubin(program: &Program, arch: &str, defines: &[String]) -> Result<Vec<u8>> {
+    if let Some(library) = emulator() {
+        // Which keeps what it has compiled itself.
+        return compile_by(nvrtc::emulated(library)?, program, arch, defines);
+    }
     let Some(folder) = cache::folder() else { return compile(program, arch, defines) };
     let (major, minor) = nvrtc::nvrtc()?.version()?;
     let version = format!("nvrtc {major}.{minor}");
@@ -227,10 +261,15 @@ impl Kernel {
             });
         }
         let driver = driver()?;
-        let stream = crate::bridge::current_stream(self.gpu.index)?;
+        let stream = stream(self.gpu)?;
         // SAFETY: as the caller promises; `values` outlives the call.
         driver.within(self.gpu.context, || unsafe { driver.launch(self.function, launch, stream, &mut pointers) })
     }
+}
+
+/// libtorch's current stream of a device; the emulator has none.
+fn stream(gpu: Gpu) -> Result<*mut c_void> {
+    if emulated() { Ok(std::ptr::null_mut()) } else { crate::bridge::current_stream(gpu.index) }
 }
 
 /// Times work on libtorch's current stream of a device by the device's own clock.
@@ -253,7 +292,7 @@ impl Stopwatch {
     ) -> std::result::Result<f64, E> {
         let driver = driver()?;
         let record = |event| {
-            let stream = crate::bridge::current_stream(self.gpu.index)?;
+            let stream = stream(self.gpu)?;
             driver.within(self.gpu.context, || driver.record(event, stream))
         };
         record(self.events[0])?;

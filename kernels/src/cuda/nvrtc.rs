@@ -1,7 +1,7 @@
 //! NVRTC, NVIDIA's compiler as a library, opened at run time: CUDA C++ in, a cubin for one architecture out. It needs no GPU.
 
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::Library;
@@ -21,8 +21,7 @@ macro_rules! calls {
         }
 
         impl Nvrtc {
-            fn open() -> Result<Self> {
-                let (library, builtins) = find()?;
+            fn open((library, builtins): (Library, Option<Library>)) -> Result<Self> {
                 let failed = |e: libloading::Error| Error::Cuda(e.to_string());
                 // SAFETY: the signatures are those of nvrtc.h.
                 unsafe {
@@ -72,8 +71,15 @@ fn find() -> Result<(Library, Option<Library>)> {
 /// The compiler of this process; an error where there is none.
 pub(super) fn nvrtc() -> Result<&'static Nvrtc> {
     static NVRTC: OnceLock<std::result::Result<Nvrtc, String>> = OnceLock::new();
-    let opened = NVRTC.get_or_init(|| Nvrtc::open().map_err(message));
+    let opened = NVRTC.get_or_init(|| find().and_then(Nvrtc::open).map_err(message));
     opened.as_ref().map_err(|message| Error::Cuda(message.clone()))
+}
+
+/// What compiles for the emulator in `library`.
+pub(super) fn emulated(library: &Path) -> Result<&'static Nvrtc> {
+    static EMULATED: OnceLock<std::result::Result<Nvrtc, String>> = OnceLock::new();
+    let open = || Nvrtc::open((library::open_any(&[library.to_owned()], "the emulator")?, None));
+    EMULATED.get_or_init(|| open().map_err(message)).as_ref().map_err(|message| Error::Cuda(message.clone()))
 }
 
 fn c_string(text: &str) -> Result<CString> {

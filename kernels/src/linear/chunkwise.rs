@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 
 use super::chunks::{ChunkDecay, Chunked};
 use super::scores::{add_score_grads, scores};
-use super::{BackwardSegment, ForwardSegment, Grads, Inputs, StateMixer, Summary};
+use super::{BackwardSegment, ForwardSegment, Grads, Inputs, Piece, StateMixer, Summary, pieces};
 use crate::{Error, Result};
 
 /// `scale` multiplies o. `chunk` is a power of two; states and sums are f32 (f64 for f64 inputs), bf16 is widened on entry.
@@ -32,37 +32,44 @@ impl StateMixer for Chunkwise {
         self.scale
     }
 
-    fn forward(&self, x: &Inputs, entry: Option<&Tensor>) -> Result<Box<dyn ForwardSegment>> {
-        let entry = entry.map(Tensor::shallow_clone);
-        Ok(Box::new(ForwardChunks {
-            x: Chunked::new(x, self.chunk, self.scale)?,
-            kind: x.q.kind(),
-            entry,
-            states: None,
-            o: None,
-        }))
+    fn forward_pieces(
+        &self,
+        x: &Inputs,
+        pieces: &[Piece],
+        entries: &[Option<Tensor>],
+    ) -> Result<Box<dyn ForwardSegment>> {
+        pieces::forward(x, pieces, entries, |x, entry| {
+            let entry = entry.map(Tensor::shallow_clone);
+            let kind = x.q.kind();
+            Ok(ForwardChunks { x: Chunked::new(x, self.chunk, self.scale)?, kind, entry, states: None, o: None })
+        })
     }
 
-    fn backward(&self, x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor) -> Result<Box<dyn BackwardSegment>> {
-        let expected = x.v.size();
-        if d_o.size() != expected {
-            return Err(Error::Shape { tensor: "do", found: d_o.size(), expected: format!("that of v, {expected:?}") });
-        }
-        let chunked = Chunked::new(x, self.chunk, self.scale)?;
-        let d_o = chunked.shape.cut(d_o, chunked.kind)?;
-        Ok(Box::new(BackwardChunks {
-            d_o,
-            kind: x.q.kind(),
-            scale: self.scale,
-            decay_grad: x.decay_grad,
-            entry: entry.map(Tensor::shallow_clone),
-            x: chunked,
-            state_grads: None,
-            done: None,
-        }))
+    fn backward_pieces(
+        &self,
+        x: &Inputs,
+        pieces: &[Piece],
+        entries: &[Option<Tensor>],
+        d_o: &Tensor,
+        _saved: Option<Vec<Tensor>>,
+    ) -> Result<Box<dyn BackwardSegment>> {
+        pieces::backward(x, pieces, entries, d_o, |x, entry, d_o| {
+            let chunked = Chunked::new(x, self.chunk, self.scale)?;
+            Ok(BackwardChunks {
+                d_o: chunked.shape.cut(d_o, chunked.kind)?,
+                kind: x.q.kind(),
+                scale: self.scale,
+                decay_grad: x.decay_grad,
+                entry: entry.map(Tensor::shallow_clone),
+                x: chunked,
+                state_grads: None,
+                done: None,
+            })
+        })
     }
 }
 
+/// Of one piece.
 struct ForwardChunks {
     x: Chunked,
     kind: Kind,
@@ -91,7 +98,7 @@ impl ForwardChunks {
 }
 
 impl ForwardSegment for ForwardChunks {
-    fn summarize(&mut self) -> Result<Summary> {
+    fn summarize(&mut self, _piece: usize) -> Result<Summary> {
         let states = self.states()?;
         let transition = self.x.decay.transition(&self.x.shape, self.x.kind)?;
         Ok(Summary { transition, state: self.x.slot(&states, self.x.shape.n)? })
@@ -110,7 +117,7 @@ impl ForwardSegment for ForwardChunks {
         Ok(())
     }
 
-    fn add_entry(&mut self, entry: &Tensor) -> Result<()> {
+    fn add_entry(&mut self, _piece: usize, entry: &Tensor) -> Result<()> {
         let o = self.output()?;
         let x = &self.x;
         let entry = x.shape.flat_state(entry, x.kind)?;
@@ -130,6 +137,7 @@ impl ForwardSegment for ForwardChunks {
     }
 }
 
+/// Of one piece.
 struct BackwardChunks {
     x: Chunked,
     kind: Kind,
@@ -180,7 +188,7 @@ fn over_channels(x: &Chunked, grad: &Tensor) -> Result<Tensor> {
 }
 
 impl BackwardSegment for BackwardChunks {
-    fn summarize_grad(&mut self) -> Result<Summary> {
+    fn summarize_grad(&mut self, _piece: usize) -> Result<Summary> {
         let grads = self.state_grads()?;
         let transition = self.x.decay.transition(&self.x.shape, self.x.kind)?;
         Ok(Summary { transition, state: self.x.slot(&grads, 0)? })
@@ -222,7 +230,7 @@ impl BackwardSegment for BackwardChunks {
         Ok(())
     }
 
-    fn add_exit(&mut self, exit: &Tensor) -> Result<()> {
+    fn add_exit(&mut self, _piece: usize, exit: &Tensor) -> Result<()> {
         if self.done.is_none() {
             self.run_grad()?;
         }

@@ -1,20 +1,23 @@
 //! Linear attention with a diagonal decay: the recurrence `M_s = diag(a_s) M_{s-1} + k_s^T v_s`, `o_s = scale q_s M_s`.
 //!
 //! This file has the words that every implementation shares: the decay, the inputs of a run of tokens, the
-//! summary `(A, S)` of a segment, and the two traits through which segments are computed. The slow truth is in
-//! [`oracle`], the fast version in tensor operations in [`chunkwise`], the unmasked form in [`full`]. How summaries of several segments meet is the business of
-//! whoever calls: nothing here knows of ranks.
+//! summary `(A, S)` of a segment, and the traits through which segments are computed: a rank's tokens in one call, whatever
+//! documents they are of. The slow truth is in [`oracle`], the fast version in tensor operations in [`chunkwise`], the unmasked
+//! form in [`full`]. How summaries of several segments meet is the business of whoever calls: nothing here knows of ranks.
 
 mod chunks;
 pub mod chunkwise;
 pub mod full;
 pub mod left_product;
 pub mod oracle;
+mod pieces;
 mod scores;
 
 use std::sync::Arc;
 
 use tch::{Kind, Tensor};
+
+pub(crate) use pieces::{check, check_grad};
 
 use crate::{Error, Result};
 
@@ -203,44 +206,71 @@ pub struct Grads {
     pub dlog_decay: Option<Tensor>,
 }
 
+/// A run of tokens of one document, in a call that may have those of several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    pub tokens: i64,
+    /// A state may enter: with the call, or by [`ForwardSegment::add_entry`]. In backward that state's gradient may be asked for.
+    pub enters: bool,
+    /// The state at its end may be asked for. In backward a gradient may come in there.
+    pub leaves: bool,
+}
+
+impl Piece {
+    /// All of `x`, which anything may enter and leave.
+    pub fn whole(x: &Inputs) -> Self {
+        Self { tokens: x.tokens(), enters: true, leaves: true }
+    }
+}
+
 /// A sequence mixer whose past is a fixed-size state.
 pub trait StateMixer: Send + Sync {
     /// What o is multiplied by.
     fn scale(&self) -> f64;
-    /// Takes one segment: a run of tokens of one document that starts, as far as it knows, from `entry`
-    /// `[B, H, K, V]` (zero if `None`).
-    fn forward(&self, x: &Inputs, entry: Option<&Tensor>) -> Result<Box<dyn ForwardSegment>>;
-    /// The same segment in backward; `entry` is now the whole truth about the state at its start. do: `[B, T, H, V]`.
-    fn backward(&self, x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor) -> Result<Box<dyn BackwardSegment>>;
-    /// [`StateMixer::backward`] with what [`ForwardSegment::take_saved`] gave for the same segment and the same `entry`, for
-    /// a mixer that would compute that again.
-    fn backward_with(
+    /// Takes the tokens of `x`, which are those of `pieces`, one after another. Each piece starts, as far as the mixer knows, from
+    /// its own of `entries` `[B, H, K, V]`, zero if `None`.
+    fn forward_pieces(
         &self,
         x: &Inputs,
-        entry: Option<&Tensor>,
+        pieces: &[Piece],
+        entries: &[Option<Tensor>],
+    ) -> Result<Box<dyn ForwardSegment>>;
+    /// The same tokens in backward; `entries` are now the whole truth about the states at the pieces' starts. do: `[B, T, H, V]`.
+    /// `saved`: what [`ForwardSegment::take_saved`] gave for the same pieces and `entries`, if that was kept.
+    fn backward_pieces(
+        &self,
+        x: &Inputs,
+        pieces: &[Piece],
+        entries: &[Option<Tensor>],
         d_o: &Tensor,
-        _saved: Option<Vec<Tensor>>,
-    ) -> Result<Box<dyn BackwardSegment>> {
-        self.backward(x, entry, d_o)
+        saved: Option<Vec<Tensor>>,
+    ) -> Result<Box<dyn BackwardSegment>>;
+    /// [`StateMixer::forward_pieces`] of one piece.
+    fn forward(&self, x: &Inputs, entry: Option<&Tensor>) -> Result<Box<dyn ForwardSegment>> {
+        self.forward_pieces(x, &[Piece::whole(x)], &[entry.map(Tensor::shallow_clone)])
+    }
+    /// [`StateMixer::backward_pieces`] of one piece.
+    fn backward(&self, x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor) -> Result<Box<dyn BackwardSegment>> {
+        self.backward_pieces(x, &[Piece::whole(x)], &[entry.map(Tensor::shallow_clone)], d_o, None)
     }
 }
 
-/// The fastest mixer there is: on Hopper GPUs their own kernels where these take the inputs, else chunkwise. `chunk`, `scale`:
-/// as in [`chunkwise::Chunkwise::new`].
+/// The fastest mixer there is: on GPUs the kernels of [`crate::cuda`] where these take the inputs, else chunkwise. `chunk`,
+/// `scale`: as in [`chunkwise::Chunkwise::new`].
 pub fn mixer(chunk: i64, scale: f64) -> Result<Arc<dyn StateMixer>> {
-    Ok(Arc::new(crate::cuda::linear::Fused::new(chunkwise::Chunkwise::new(chunk, scale)?)))
+    Ok(crate::cuda::mma::families(chunkwise::Chunkwise::new(chunk, scale)?))
 }
 
-/// The forward of one segment in the order in which LASP-2 wants it: first what other ranks wait for, then what
-/// waits for nobody, then what had to wait.
+/// The forward of a rank's tokens in the order in which LASP-2 wants it: first what other ranks wait for, then what waits for
+/// nobody, then what had to wait. `piece`: its place among the pieces of the call.
 pub trait ForwardSegment: Send {
-    /// `(A, S)`: the transition and the end state from the entry given so far.
-    fn summarize(&mut self) -> Result<Summary>;
+    /// `(A, S)` of a piece that a state leaves: the transition, and the end state from the entry that came with the call.
+    fn summarize(&mut self, piece: usize) -> Result<Summary>;
     /// Computes the outputs as if nothing else entered.
     fn run(&mut self) -> Result<()>;
-    /// Adds what a further entry state contributes to the outputs: `scale (q_i e^{b_i}) P`.
-    fn add_entry(&mut self, entry: &Tensor) -> Result<()>;
-    /// States inside the segment, all entries added, that save backward computing them again; in a form of the mixer's own.
+    /// Adds what a further entry state of a piece contributes to its outputs: `scale (q_i e^{b_i}) P`.
+    fn add_entry(&mut self, piece: usize, entry: &Tensor) -> Result<()>;
+    /// States inside the pieces, all entries added, that save backward computing them again; in a form of the mixer's own.
     /// Once, after [`ForwardSegment::run`] and the last [`ForwardSegment::add_entry`].
     fn take_saved(&mut self) -> Result<Option<Vec<Tensor>>> {
         Ok(None)
@@ -249,13 +279,13 @@ pub trait ForwardSegment: Send {
     fn finish(self: Box<Self>) -> Result<Tensor>;
 }
 
-/// The backward of one segment, in the same order.
+/// The backward of a rank's tokens, in the same order.
 pub trait BackwardSegment: Send {
-    /// `(A, G)`: the transition and the gradient of the state at entry from this segment's outputs alone.
-    fn summarize_grad(&mut self) -> Result<Summary>;
-    /// Computes all gradients as if none came in at the segment's end.
+    /// `(A, G)` of a piece that a state enters: the transition, and the gradient of that state from the piece's outputs alone.
+    fn summarize_grad(&mut self, piece: usize) -> Result<Summary>;
+    /// Computes all gradients as if none came in at a piece's end.
     fn run_grad(&mut self) -> Result<()>;
-    /// Adds what the exit gradient `R` `[B, H, K, V]` contributes to dk, dv and dlog_decay.
-    fn add_exit(&mut self, exit: &Tensor) -> Result<()>;
+    /// Adds what the exit gradient `R` `[B, H, K, V]` of a piece contributes to its dk, dv and dlog_decay.
+    fn add_exit(&mut self, piece: usize, exit: &Tensor) -> Result<()>;
     fn finish(self: Box<Self>) -> Result<Grads>;
 }

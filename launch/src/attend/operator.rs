@@ -56,7 +56,7 @@ fn softmax(task: &Task, shard: &Shard, x: Inputs) -> Result<Results> {
 fn linear_causal(task: &Task, shard: &Shard, x: Inputs) -> Result<Results> {
     let mixer = Chunkwise::new(task.chunk, task.scale.unwrap_or(1.0))?;
     let inputs = linear::Inputs::new(&x.q, &x.k, &x.v, x.log_decay.as_ref())?;
-    let forward = causal::forward(shard, &mixer, inputs, x.initial_state.as_ref())?;
+    let forward = causal::forward(shard, &mixer, inputs, Some(causal::States { initial: x.initial_state.as_ref() }))?;
     let final_state = join_states(task, shard, &x, forward.final_states, x.initial_state.as_ref())?;
     let mut results = vec![("o", Part::Tokens(forward.o)), ("final_state", Part::Whole(final_state))];
     if let Some(d_o) = &x.d_o {

@@ -7,12 +7,12 @@
 use serde::Serialize;
 
 use super::{Parameters, Sizes};
-use crate::config::{Config, DecayKind, DeviceKind, Dtype};
+use crate::config::{Config, DataKind, DecayKind, DeviceKind, Dtype};
 use crate::model::{DECAY_RANK, loss};
 use crate::sequence::attention::Lasp2h;
 use crate::sequence::method;
 
-/// Multiprocessors of the largest such GPU: a state in f32 is kept for each, and one more for each head.
+/// Multiprocessors of the largest such GPU: a state in f32 is kept for each, see [`states_inside`].
 const MULTIPROCESSORS: i64 = 132;
 
 /// Queries, and keys, of a block of scores of the left products.
@@ -109,6 +109,16 @@ fn kernels(config: &Config, s: &Sizes) -> bool {
         && !left_product(config)
 }
 
+/// The states that these kernels save of one layer: at each place where two multiprocessors meet, and where a head, or a head
+/// of a document that is cut there, begins. Of other documents only those that cross ranks have any.
+fn states_inside(config: &Config, s: &Sizes) -> i64 {
+    if config.data.kind != DataKind::Corpus || !config.data.documents {
+        return MULTIPROCESSORS + s.b * s.h;
+    }
+    let crossing = if s.w > 1 { 2 * s.slots } else { 0 };
+    2 * MULTIPROCESSORS + crossing * s.b * s.h
+}
+
 /// What one rank's softmax attention computes at once.
 struct Attended {
     heads: i64,
@@ -197,7 +207,7 @@ fn activations(config: &Config, s: &Sizes) -> Activations {
         if !left_product(config) {
             // q, k, v before their activation, o, the gate.
             let of_token = 4 * s.d + decays(config, s) + if config.model.output_gate { s.d } else { 0 };
-            let inner = if kernels(config, s) { (MULTIPROCESSORS + s.b * s.h) * s.k * s.k * s.wide } else { 0 };
+            let inner = if kernels(config, s) { states_inside(config, s) * s.k * s.k * s.wide } else { 0 };
             linear = normed + tokens * of_token * s.width + states + inner + kept_mlp(s);
         }
         softmax = normed + kept_attention(config, s) + kept_mlp(s);

@@ -122,7 +122,7 @@ impl LinearLayer {
         let p = self.project(x)?;
         let inputs = Inputs::new(&p.q, &p.k, &p.v, p.log_decay.as_ref())?;
         let mut segment = self.mixer.forward(&inputs, state.as_ref())?;
-        *state = Some(segment.summarize()?.state);
+        *state = Some(segment.summarize(0)?.state);
         self.output(x, &segment.finish()?)
     }
 

@@ -4,29 +4,39 @@
 
 use collectives::Pending;
 use kernels::linear::{
-    BackwardSegment, Decay, ForwardSegment, Grads, Inputs, StateMixer, Summary, Transition, accumulation_kind,
+    self, BackwardSegment, Decay, ForwardSegment, Grads, Inputs, StateMixer, Summary, Transition, accumulation_kind,
 };
 use tch::Tensor;
 
 use super::scan::{Entries, Known, Transitions};
 use super::{Chain, Error, Piece, Plan, Result, Shard};
 
+/// That the documents' final states are wanted and, in backward, the gradients of their initial ones.
+#[derive(Clone, Copy, Default)]
+pub struct States<'a> {
+    /// `[B, H, K, V]`, or `[N, H, K, V]` for N packed documents, the same on every rank; zero if `None`.
+    pub initial: Option<&'a Tensor>,
+}
+
 /// o `[B, T, H, V]`, the final states that this rank knows, and what backward needs.
 pub struct Forward {
     pub o: Tensor,
-    /// `(document, [B, H, K, V])` for each document that ends on this rank.
+    /// `(document, [B, H, K, V])` for each document that ends on this rank, if wanted.
     pub final_states: Vec<(usize, Tensor)>,
     pub saved: Saved,
 }
 
 /// Kept from forward: the inputs, the state at the entry of each piece, every segment's transition, and what the mixer has
-/// saved of each piece. On Hopper GPUs that is a state `[K, V]` in f32 for each multiprocessor and chain of tokens that it
-/// begins: 8 MiB with 16 heads of 128 by 128, on 132 multiprocessors.
+/// saved. On Hopper GPUs that is a state `[K, V]` in f32 for each multiprocessor and chain of tokens that it begins: 9 MiB with
+/// 16 heads of 128 by 128, on 132 multiprocessors. Packed documents make it at most about twice that, however many they are.
 pub struct Saved {
     x: Inputs,
+    pieces: Vec<linear::Piece>,
     entries: Entries,
     transitions: Transitions,
-    inside: Vec<Option<Vec<Tensor>>>,
+    inside: Option<Vec<Tensor>>,
+    /// Whether those of documents are wanted.
+    states: bool,
 }
 
 impl Saved {
@@ -39,26 +49,24 @@ impl Saved {
 /// Gradients of this rank's tokens; `dlog_decay` in the shape of the decay (`[H]`: summed over this rank's tokens).
 pub struct Backward {
     pub grads: Grads,
-    /// `(document, [B, H, K, V])` for each document that begins on this rank.
+    /// `(document, [B, H, K, V])` for each document that begins on this rank, if wanted.
     pub initial_state_grads: Vec<(usize, Tensor)>,
 }
 
-/// Algorithm 2. `initial_state`: `[B, H, K, V]`, or `[N, H, K, V]` for N packed documents, the same on every rank.
-pub fn forward(shard: &Shard, mixer: &dyn StateMixer, x: Inputs, initial_state: Option<&Tensor>) -> Result<Forward> {
+/// Algorithm 2. `states`: of documents, as far as the caller has to do with them.
+pub fn forward(shard: &Shard, mixer: &dyn StateMixer, x: Inputs, states: Option<States>) -> Result<Forward> {
     let _guard = tch::no_grad_guard();
     let plan = &shard.plan;
     check(plan, &x)?;
+    let (pieces, initial) = (pieces(plan, states.is_some()), states.and_then(|states| states.initial));
     // What is known at the start of each piece: the initial state of a document that begins there.
-    let mut entries = plan.pieces.iter().map(|p| initial(plan, p, initial_state)).collect::<Result<Entries>>()?;
-    let mut pieces = Vec::with_capacity(plan.pieces.len());
-    for (piece, entry) in plan.pieces.iter().zip(&entries) {
-        pieces.push(mixer.forward(&x.narrow(piece.local.start, piece.tokens())?, entry.as_ref())?);
-    }
+    let mut entries = plan.pieces.iter().map(|p| document_state(plan, p, initial)).collect::<Result<Entries>>()?;
+    let mut segment = mixer.forward_pieces(&x, &pieces, &entries)?;
 
     let mut mine = Vec::new();
     for slot in 0..plan.chain.held.len() {
         mine.push(match plan.leaving(slot) {
-            Some(piece) => pieces[piece].summarize()?,
+            Some(piece) => segment.summarize(piece)?,
             None => nothing(&x)?,
         });
     }
@@ -69,39 +77,35 @@ pub fn forward(shard: &Shard, mixer: &dyn StateMixer, x: Inputs, initial_state: 
     } else {
         Pending::ready(Ok((plan.chain.held.iter().map(|_| None).collect(), Vec::new())))
     };
-    for piece in &mut pieces {
-        piece.run()?;
-    }
+    segment.run()?;
     drop(intra_rank);
 
     let (entering, transitions) = scanned.wait()??;
     for (slot, state) in entering.into_iter().enumerate() {
         if let (Some(piece), Some(state)) = (plan.entered(slot), state) {
-            pieces[piece].add_entry(&state)?;
+            segment.add_entry(piece, &state)?;
             entries[piece] = Some(state);
         }
     }
-    let inside = pieces.iter_mut().map(|piece| piece.take_saved()).collect::<kernels::Result<_>>()?;
-    let final_states = final_states(plan, &mut pieces, &entries)?;
-    let o = join(pieces.into_iter().map(|piece| piece.finish()), &x.v)?;
-    Ok(Forward { o, final_states, saved: Saved { x, entries, transitions, inside } })
+    let inside = segment.take_saved()?;
+    let final_states = match states {
+        Some(_) => final_states(plan, segment.as_mut(), &entries)?,
+        None => Vec::new(),
+    };
+    let o = segment.finish()?;
+    Ok(Forward { o, final_states, saved: Saved { x, pieces, entries, transitions, inside, states: states.is_some() } })
 }
 
 /// Algorithm 4 with decay: G travels while dq and the rank's own dk, dv are computed. do: `[B, T, H, V]`.
 pub fn backward(shard: &Shard, mixer: &dyn StateMixer, saved: Saved, d_o: &Tensor) -> Result<Backward> {
     let _guard = tch::no_grad_guard();
-    let (plan, Saved { x, entries, transitions, inside }) = (&shard.plan, saved);
-    let mut pieces = Vec::with_capacity(plan.pieces.len());
-    for ((piece, entry), inside) in plan.pieces.iter().zip(&entries).zip(inside) {
-        let (start, length) = (piece.local.start, piece.tokens());
-        let (x, d_o) = (x.narrow(start, length)?, d_o.f_narrow(1, start, length)?);
-        pieces.push(mixer.backward_with(&x, entry.as_ref(), &d_o, inside)?);
-    }
+    let (plan, Saved { x, pieces, entries, transitions, inside, states }) = (&shard.plan, saved);
+    let mut segment = mixer.backward_pieces(&x, &pieces, &entries, d_o, inside)?;
 
     let mut mine = Vec::new();
     for slot in 0..plan.chain.held.len() {
         mine.push(match plan.entered(slot) {
-            Some(piece) => pieces[piece].summarize_grad()?.state,
+            Some(piece) => segment.summarize_grad(piece)?.state,
             None => nothing(&x)?.state,
         });
     }
@@ -112,21 +116,23 @@ pub fn backward(shard: &Shard, mixer: &dyn StateMixer, saved: Saved, d_o: &Tenso
     } else {
         Pending::ready(Ok(plan.chain.held.iter().map(|_| None).collect()))
     };
-    for piece in &mut pieces {
-        piece.run_grad()?;
-    }
+    segment.run_grad()?;
     drop(intra_rank);
 
     let mut exits: Entries = plan.pieces.iter().map(|_| None).collect();
     for (slot, grad) in scanned.wait()??.into_iter().enumerate() {
         if let (Some(piece), Some(grad)) = (plan.leaving(slot), grad) {
-            pieces[piece].add_exit(&grad)?;
+            segment.add_exit(piece, &grad)?;
             exits[piece] = Some(grad);
         }
     }
-    let initial_state_grads = initial_state_grads(plan, &mut pieces, &exits)?;
-    let grads = pieces.into_iter().map(|piece| piece.finish()).collect::<kernels::Result<Vec<_>>>()?;
-    Ok(Backward { grads: join_grads(grads, &x)?, initial_state_grads })
+    let initial_state_grads = match states {
+        true => initial_state_grads(plan, segment.as_mut(), &exits)?,
+        false => Vec::new(),
+    };
+    let mut grads = segment.finish()?;
+    grads.dlog_decay = grads.dlog_decay.map(|dg| as_decay(dg, &x.decay)).transpose()?;
+    Ok(Backward { grads, initial_state_grads })
 }
 
 pub(super) fn check(plan: &Plan, x: &Inputs) -> Result<()> {
@@ -142,8 +148,14 @@ pub(super) fn check(plan: &Plan, x: &Inputs) -> Result<()> {
     Ok(())
 }
 
+/// The pieces as a mixer takes them. States that cross ranks come and go; those of documents if they are `wanted`.
+fn pieces(plan: &Plan, wanted: bool) -> Vec<linear::Piece> {
+    let of = |p: &Piece| linear::Piece { tokens: p.tokens(), enters: p.enters || wanted, leaves: p.leaves || wanted };
+    plan.pieces.iter().map(of).collect()
+}
+
 /// The initial state of the document that begins with this piece, `[B, H, K, V]`.
-fn initial(plan: &Plan, piece: &Piece, initial_state: Option<&Tensor>) -> Result<Option<Tensor>> {
+fn document_state(plan: &Plan, piece: &Piece, initial_state: Option<&Tensor>) -> Result<Option<Tensor>> {
     Ok(match initial_state {
         Some(state) if !piece.enters && plan.documents() > 1 => Some(state.f_narrow(0, piece.document as i64, 1)?),
         Some(state) if !piece.enters => Some(state.shallow_clone()),
@@ -183,17 +195,10 @@ fn known(chain: &Chain, x: &Inputs) -> Result<Known> {
 }
 
 /// For each document that ends on this rank, its state there.
-fn final_states(
-    plan: &Plan,
-    pieces: &mut [Box<dyn ForwardSegment>],
-    entries: &Entries,
-) -> Result<Vec<(usize, Tensor)>> {
+fn final_states(plan: &Plan, segment: &mut dyn ForwardSegment, entries: &Entries) -> Result<Vec<(usize, Tensor)>> {
     let mut states = Vec::new();
-    for ((piece, segment), entry) in plan.pieces.iter().zip(pieces).zip(entries) {
-        if piece.leaves {
-            continue;
-        }
-        let summary = segment.summarize()?;
+    for (i, (piece, entry)) in plan.pieces.iter().zip(entries).enumerate().filter(|(_, (piece, _))| !piece.leaves) {
+        let summary = segment.summarize(i)?;
         // A piece that began its document was given the entry from the start.
         let state = match entry {
             Some(entry) if piece.enters => summary.after(entry)?,
@@ -207,15 +212,12 @@ fn final_states(
 /// For each document that begins on this rank, the gradient of its state there.
 fn initial_state_grads(
     plan: &Plan,
-    pieces: &mut [Box<dyn BackwardSegment>],
+    segment: &mut dyn BackwardSegment,
     exits: &Entries,
 ) -> Result<Vec<(usize, Tensor)>> {
     let mut grads = Vec::new();
-    for ((piece, segment), exit) in plan.pieces.iter().zip(pieces).zip(exits) {
-        if piece.enters {
-            continue;
-        }
-        let summary = segment.summarize_grad()?;
+    for (i, (piece, exit)) in plan.pieces.iter().zip(exits).enumerate().filter(|(_, (piece, _))| !piece.enters) {
+        let summary = segment.summarize_grad(i)?;
         let grad = match exit {
             Some(exit) => summary.after(exit)?,
             None => summary.state,
@@ -225,42 +227,14 @@ fn initial_state_grads(
     Ok(grads)
 }
 
-/// The pieces' outputs in local order; of the shape of `like` where this rank has no tokens.
-fn join(parts: impl Iterator<Item = kernels::Result<Tensor>>, like: &Tensor) -> Result<Tensor> {
-    let mut parts = parts.collect::<kernels::Result<Vec<_>>>()?;
-    Ok(match parts.len() {
-        0 => like.f_zeros_like()?,
-        1 => parts.swap_remove(0),
-        _ => Tensor::f_cat(&parts, 1)?,
-    })
-}
-
-fn join_grads(grads: Vec<Grads>, x: &Inputs) -> Result<Grads> {
-    let kind = accumulation_kind(x.q.kind());
-    let (mut dq, mut dk, mut dv, mut dg) = (vec![], vec![], vec![], vec![]);
-    for grad in grads {
-        dq.push(Ok(grad.dq));
-        dk.push(Ok(grad.dk));
-        dv.push(Ok(grad.dv));
-        dg.extend(grad.dlog_decay.map(Ok));
-    }
-    let dlog_decay = match &x.decay {
-        _ if !x.decay_grad => None,
-        Decay::None => None,
-        Decay::Head(_) => {
-            let like = x.q.f_select(-1, 0)?.f_to_kind(kind)?;
-            Some(join(dg.into_iter(), &like)?.f_sum_dim_intlist([0, 1].as_slice(), false, kind)?)
-        }
-        Decay::Token(g) | Decay::Channel(g) => Some(join(dg.into_iter(), &g.f_to_kind(kind)?)?),
+/// dlog_decay as a mixer gives it, in the shape and kind of the decay.
+fn as_decay(dg: Tensor, decay: &Decay) -> Result<Tensor> {
+    let dg = match decay {
+        Decay::Head(_) => dg.f_sum_dim_intlist([0, 1].as_slice(), false, dg.kind())?,
+        _ => dg,
     };
-    let dlog_decay = match (dlog_decay, x.decay.tensor()) {
-        (Some(dg), Some(g)) => Some(dg.f_to_kind(g.kind())?),
-        (dg, _) => dg,
-    };
-    Ok(Grads {
-        dq: join(dq.into_iter(), &x.q)?,
-        dk: join(dk.into_iter(), &x.k)?,
-        dv: join(dv.into_iter(), &x.v)?,
-        dlog_decay,
+    Ok(match decay.tensor() {
+        Some(g) => dg.f_to_kind(g.kind())?,
+        None => dg,
     })
 }

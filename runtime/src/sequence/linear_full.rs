@@ -21,7 +21,7 @@ pub struct Backward {
     pub state_grads: Tensor,
 }
 
-/// `initial_state` as in [`super::linear::forward`]; it is added to the document's sum.
+/// `initial_state` as in [`super::linear::States`]; it is added to the document's sum.
 pub fn forward(shard: &Shard, x: &Inputs, initial_state: Option<&Tensor>, scale: f64) -> Result<Forward> {
     let _guard = tch::no_grad_guard();
     if !matches!(x.decay, Decay::None) {

@@ -55,6 +55,17 @@ pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
 
 /// What the plan's rank moves for one linear layer under the method that `found` names. No group is needed.
 pub fn linear_traffic(found: &str, plan: &Plan, layer: &LayerSizes, decay: DecayForm) -> Result<Traffic> {
+    linear_traffic_under(found, plan, layer, decay, None)
+}
+
+/// [`linear_traffic`] of a layer whose log-decays `[H]`, constants, are known, as far as a truncated scan reaches under them.
+pub fn linear_traffic_under(
+    found: &str,
+    plan: &Plan,
+    layer: &LayerSizes,
+    decay: DecayForm,
+    log_decay: Option<&[f64]>,
+) -> Result<Traffic> {
     decided(found, "parallel.linear_method")?;
     if let Some(method) = left_product(found) {
         return Ok(method.traffic(plan, layer));
@@ -62,7 +73,13 @@ pub fn linear_traffic(found: &str, plan: &Plan, layer: &LayerSizes, decay: Decay
     let choice = choose(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
     let scan: &dyn Scan = match &choice {
         Choice::Lasp2(scan) => scan,
-        Choice::Truncated(scan) => scan,
+        Choice::Truncated(scan) => {
+            let size = StateSize::of_layer(layer, decay);
+            if let Some(log_decay) = log_decay {
+                return Ok(scan.traffic_under(log_decay, &plan.chain, plan.rank, &size));
+            }
+            scan
+        }
         Choice::Lasp1(scan) => scan,
         Choice::AllScan(scan) => scan,
         Choice::Hierarchical { node } => {

@@ -10,7 +10,7 @@ use super::optimizer::AdamW;
 use super::schedule::learning_rate;
 use super::{Error, Result, sum};
 use crate::checkpoint::{Loaded, TrainState};
-use crate::config::Config;
+use crate::config::{Config, LayoutKind};
 use crate::data::{IGNORE_INDEX, Sequence, Source};
 use crate::model::{Context, Model};
 use crate::sequence::attention::Attention;
@@ -74,6 +74,12 @@ impl Trainer {
 
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// From the next step on sequences lie on the ranks in this layout, and layers share them by these methods, which must be of
+    /// the trainer's sp group. The configuration goes on naming the methods that it was made with.
+    pub fn share_by(&mut self, linear: LinearMethod, attention: Arc<dyn Attention>, layout: LayoutKind) {
+        (self.linear, self.attention, self.config.parallel.layout) = (linear, attention, layout);
     }
 
     /// One optimizer step. `out_of_time` is what this rank knows; the outcome says what rank 0 knew.

@@ -1,11 +1,11 @@
-//! One segment's backward: sum up the gradient of the state, compute dq, which waits for nobody, and in the end dk and dv
-//! with whatever came in at the segment's end.
+//! The backward of some pieces: sum up the gradients of states, compute dq, which waits for nobody, and in the end dk and dv
+//! with whatever came in at the pieces' ends.
 
 use tch::{Kind, Tensor};
 
 use super::passes::{Call, Dots, Out, Run};
-use super::{Sums, call, parts, tiles, transition};
-use crate::linear::{BackwardSegment, Grads, Inputs, Summary};
+use super::{Sums, add, call, parts, summary, tiles};
+use crate::linear::{BackwardSegment, Grads, Inputs, Piece, Summary};
 use crate::{Error, Result};
 
 pub(super) struct Backward {
@@ -16,14 +16,15 @@ pub(super) struct Backward {
     d_o: Tensor,
     scale: f64,
     decay_grad: bool,
-    entry: Option<Tensor>,
-    exit: Option<Tensor>,
+    /// Of each piece.
+    entries: Vec<Option<Tensor>>,
+    exits: Vec<Option<Tensor>>,
     /// Of each part the states at the segments' starts `[slots, K, V]`, if forward has saved them.
     saved: Option<Vec<Tensor>>,
     /// Of y^T z = k^T v and of q^T do, a part each.
     states: Vec<Sums>,
     grads: Vec<Sums>,
-    /// The gradient of the state at entry as far as this segment's outputs make it, `[B, H, K, V]`; and, of each part, that
+    /// The gradients of the states that enter pieces as far as their outputs make them, `[rows, K, V]`; and, of each part, those
     /// of the states at the segments' ends `[slots, K, V]`.
     summed: Option<(Tensor, Vec<Tensor>)>,
     dq: Option<Queries>,
@@ -39,13 +40,14 @@ struct Queries {
 impl Backward {
     pub fn new(
         x: &Inputs,
-        entry: Option<&Tensor>,
+        pieces: &[Piece],
+        entries: &[Option<Tensor>],
         d_o: &Tensor,
         saved: Option<Vec<Tensor>>,
         scale: f64,
     ) -> Result<Self> {
         let (dk, dv) = (x.k.size()[3], x.v.size()[3]);
-        let call = call(x)?;
+        let call = call(x, pieces)?;
         let sums =
             |reverse| parts(dk, dv).into_iter().map(|p| Sums::new(&call, p, reverse)).collect::<Result<Vec<_>>>();
         let (states, grads) = (sums(false)?, sums(true)?);
@@ -65,8 +67,8 @@ impl Backward {
             scale,
             decay_grad: x.decay_grad && call.log_decay.is_some(),
             call,
-            entry: entry.map(Tensor::shallow_clone),
-            exit: None,
+            entries: entries.iter().map(|entry| entry.as_ref().map(Tensor::shallow_clone)).collect(),
+            exits: entries.iter().map(|_| None).collect(),
             saved,
             states,
             grads,
@@ -80,12 +82,12 @@ impl Backward {
             Some(summed) => summed,
             None => {
                 let (dk, dv) = (self.k.size()[3], self.v.size()[3]);
-                let at_entry = self.call.empty(&[self.call.b, self.call.h, dk, dv])?;
+                let at_entry = self.call.empty(&[self.call.rows(false), dk, dv])?;
                 let mut exits = Vec::new();
                 for sums in &mut self.grads {
                     let part = sums.part;
                     sums.ensure(&self.call, &part.keys(&self.q)?, &part.values(&self.d_o)?, self.scale, true)?;
-                    exits.push(sums.entries(&self.call, None, Some(&at_entry))?);
+                    exits.push(sums.entries(&self.call, &[], Some(&at_entry))?);
                 }
                 (at_entry, exits)
             }
@@ -109,7 +111,7 @@ impl Backward {
                 Some(entries) => entries,
                 None => {
                     sums.ensure(&self.call, &k, &v, 1.0, false)?;
-                    sums.entries(&self.call, self.entry.as_ref(), None)?
+                    sums.entries(&self.call, &self.entries, None)?
                 }
             };
             let dots = if self.decay_grad { Some(self.call.empty(&[b, h, t])?) } else { None };
@@ -125,7 +127,7 @@ impl Backward {
                     out2: None,
                     entries: &entries,
                     transposed: true,
-                    ends: self.entry.is_some(),
+                    ends: self.entries.iter().any(Option::is_some),
                     scale: self.scale,
                     entry_scale: 1.0,
                     dots: dots.as_ref(),
@@ -138,9 +140,13 @@ impl Backward {
         Ok(Queries { dq, entries: all_entries, dots: all_dots })
     }
 
-    /// The gradients of the states at the segments' ends, `exit` included.
+    fn has_exit(&self) -> bool {
+        self.exits.iter().any(Option::is_some)
+    }
+
+    /// The gradients of the states at the segments' ends, with those that came in at the pieces' ends.
     fn exits(&mut self) -> Result<Vec<Tensor>> {
-        if self.exit.is_none()
+        if !self.has_exit()
             && let Some((_, exits)) = self.summed.take()
         {
             return Ok(exits);
@@ -149,31 +155,31 @@ impl Backward {
         for sums in &mut self.grads {
             let part = sums.part;
             sums.ensure(&self.call, &part.keys(&self.q)?, &part.values(&self.d_o)?, self.scale, false)?;
-            exits.push(sums.entries(&self.call, self.exit.as_ref(), None)?);
+            exits.push(sums.entries(&self.call, &self.exits, None)?);
         }
         Ok(exits)
     }
 
-    /// The state at the end, for a part whose decay wants the gradient that came in there.
-    fn end_state(&mut self, part: usize) -> Result<Option<Tensor>> {
-        if self.exit.is_none() {
+    /// The states that leave pieces `[rows, K, V]`, for a part whose decay wants the gradients that came in there.
+    fn end_states(&mut self, part: usize) -> Result<Option<Tensor>> {
+        if !self.has_exit() {
             return Ok(None);
         }
         let sums = &mut self.states[part];
         let range = sums.part;
         sums.ensure(&self.call, &range.keys(&self.k)?, &range.values(&self.v)?, 1.0, true)?;
-        let end = self.call.empty(&[self.call.b, self.call.h, range.k.1, range.v.1])?;
-        let entry = self.entry.as_ref().map(|entry| range.state(entry)).transpose()?;
+        let ends = self.call.empty(&[self.call.rows(true), range.k.1, range.v.1])?;
         let entries = self.call.empty(&sums.sums.size())?;
-        self.call.combine(false, Some(&sums.sums), &sums.decays, entry.as_ref(), &entries, Some(&end))?;
-        Ok(Some(end))
+        let external = range.external(&self.call, false, &self.entries)?;
+        self.call.combine(false, Some(&sums.sums), &sums.decays, external.as_ref(), &entries, Some(&ends))?;
+        Ok(Some(ends))
     }
 }
 
 impl BackwardSegment for Backward {
-    fn summarize_grad(&mut self) -> Result<Summary> {
-        let state = self.summed()?.0.shallow_clone();
-        Ok(Summary { transition: transition(&self.call)?, state })
+    fn summarize_grad(&mut self, piece: usize) -> Result<Summary> {
+        let at_entry = self.summed()?.0.shallow_clone();
+        summary(&self.call, true, piece, &at_entry)
     }
 
     /// dq. What dk and dv cost is spent once, in [`BackwardSegment::finish`], when all that enters them is known.
@@ -182,12 +188,9 @@ impl BackwardSegment for Backward {
         Ok(())
     }
 
-    fn add_exit(&mut self, exit: &Tensor) -> Result<()> {
-        self.exit = Some(match self.exit.take() {
-            Some(before) => before.f_add(exit)?,
-            None => exit.shallow_clone(),
-        });
-        Ok(())
+    fn add_exit(&mut self, piece: usize, exit: &Tensor) -> Result<()> {
+        self.call.row(true, piece)?;
+        add(&mut self.exits, piece, exit)
     }
 
     fn finish(mut self: Box<Self>) -> Result<Grads> {
@@ -213,7 +216,7 @@ impl BackwardSegment for Backward {
                     out2: Some(Out { to: &part.keys(&dk)?, add: part.v.0 > 0 }),
                     entries: exits,
                     transposed: false,
-                    ends: self.exit.is_some(),
+                    ends: self.has_exit(),
                     scale: self.scale,
                     entry_scale: 1.0 / self.scale,
                     dots: keys.as_ref(),
@@ -223,8 +226,8 @@ impl BackwardSegment for Backward {
             if let (Some(out), Some(of_queries), Some(keys), Some(pairs)) =
                 (&dlog_decay, &queries.dots[i], &keys, &pairs)
             {
-                let end = self.end_state(i)?;
-                let states = (&queries.entries[i], end.as_ref());
+                let ends = self.end_states(i)?;
+                let states = (&queries.entries[i], ends.as_ref());
                 let dots = Dots { queries: of_queries, keys, pairs };
                 self.call.decay_gradient(&dots, states, exits, out, i > 0)?;
             }

@@ -1,18 +1,19 @@
 //! Linear attention on Hopper GPUs: bf16, without decay or with a scalar one, in the passes of `kernels/cuda/linear.cu`.
 //!
 //! [`Fused`] is the mixer that a model takes: it uses these kernels where [`supports`] says so and another mixer where not.
-//! [`plan`] cuts the tokens among the multiprocessors, [`passes`] launches. States leave a pass only between segments, one a
-//! multiprocessor, never every few tokens.
+//! [`plan`] cuts the tokens of all documents among the multiprocessors, [`passes`] launches, for all of them at once. States
+//! leave a pass only between segments, one a multiprocessor, never every few tokens.
 
 mod backward;
 mod forward;
 mod passes;
-mod plan;
+pub(crate) mod plan;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::gpu;
-use crate::linear::{BackwardSegment, Decay, ForwardSegment, Inputs, StateMixer, Transition};
+use super::{gpu, runs_on};
+use crate::linear::{BackwardSegment, Decay, ForwardSegment, Inputs, Piece, StateMixer, Summary, Transition};
+use crate::linear::{check, check_grad};
 use crate::{Error, Result};
 use passes::{Call, WIDEST, tileable};
 pub use passes::{LINEAR, Variant};
@@ -20,9 +21,9 @@ pub use passes::{LINEAR, Variant};
 /// Whether the kernels take these inputs: bf16 on compute capability 9.0, sizes that are multiples of 8, no decay per channel.
 pub fn supports(x: &Inputs) -> bool {
     let device = x.q.device();
-    let Device::Cuda(_) = device else { return false };
     let sizes = [x.q.size(), x.v.size()];
-    x.q.kind() == Kind::BFloat16
+    runs_on(device)
+        && x.q.kind() == Kind::BFloat16
         && !matches!(x.decay, Decay::Channel(_))
         && sizes.iter().all(|s| s.iter().all(|&n| n > 0) && s[3] % 8 == 0)
         && gpu(device).is_ok_and(|gpu| (gpu.major, gpu.minor) == (9, 0))
@@ -37,6 +38,10 @@ impl<M: StateMixer> Fused<M> {
     pub fn new(other: M) -> Self {
         Self { other }
     }
+
+    fn takes(&self, x: &Inputs) -> bool {
+        supports(x) && self.scale() != 0.0
+    }
 }
 
 impl<M: StateMixer> StateMixer for Fused<M> {
@@ -44,38 +49,33 @@ impl<M: StateMixer> StateMixer for Fused<M> {
         self.other.scale()
     }
 
-    fn forward(&self, x: &Inputs, entry: Option<&Tensor>) -> Result<Box<dyn ForwardSegment>> {
-        if supports(x) && self.scale() != 0.0 {
-            Ok(Box::new(forward::Forward::new(x, entry, self.scale())?))
-        } else {
-            self.other.forward(x, entry)
-        }
-    }
-
-    fn backward(&self, x: &Inputs, entry: Option<&Tensor>, d_o: &Tensor) -> Result<Box<dyn BackwardSegment>> {
-        self.backward_with(x, entry, d_o, None)
-    }
-
-    fn backward_with(
+    fn forward_pieces(
         &self,
         x: &Inputs,
-        entry: Option<&Tensor>,
+        pieces: &[Piece],
+        entries: &[Option<Tensor>],
+    ) -> Result<Box<dyn ForwardSegment>> {
+        if !self.takes(x) {
+            return self.other.forward_pieces(x, pieces, entries);
+        }
+        check(x, pieces, entries)?;
+        Ok(Box::new(forward::Forward::new(x, pieces, entries, self.scale())?))
+    }
+
+    fn backward_pieces(
+        &self,
+        x: &Inputs,
+        pieces: &[Piece],
+        entries: &[Option<Tensor>],
         d_o: &Tensor,
         saved: Option<Vec<Tensor>>,
     ) -> Result<Box<dyn BackwardSegment>> {
-        if supports(x) && self.scale() != 0.0 {
-            let expected = x.v.size();
-            if d_o.size() != expected {
-                return Err(Error::Shape {
-                    tensor: "do",
-                    found: d_o.size(),
-                    expected: format!("that of v, {expected:?}"),
-                });
-            }
-            Ok(Box::new(backward::Backward::new(x, entry, d_o, saved, self.scale())?))
-        } else {
-            self.other.backward_with(x, entry, d_o, saved)
+        if !self.takes(x) {
+            return self.other.backward_pieces(x, pieces, entries, d_o, saved);
         }
+        check(x, pieces, entries)?;
+        check_grad(x, d_o)?;
+        Ok(Box::new(backward::Backward::new(x, pieces, entries, d_o, saved, self.scale())?))
     }
 }
 
@@ -84,7 +84,7 @@ fn tiles(x: &Tensor) -> Result<Tensor> {
     Ok(if tileable(x) { x.shallow_clone() } else { x.f_contiguous()? })
 }
 
-fn call(x: &Inputs) -> Result<Call> {
+fn call(x: &Inputs, pieces: &[Piece]) -> Result<Call> {
     let (b, t, h, _) = x.k.size4()?;
     let log_decay = match &x.decay {
         Decay::None => None,
@@ -92,14 +92,30 @@ fn call(x: &Inputs) -> Result<Call> {
         Decay::Token(g) => Some(g.f_to_kind(Kind::Float)?),
         Decay::Channel(g) => return Err(Error::Unsupported(format!("a decay per channel, {:?}", g.size()))),
     };
-    Call::new(&x.k, log_decay)
+    Call::new(&x.k, pieces, log_decay)
 }
 
-fn transition(call: &Call) -> Result<Transition> {
-    Ok(match &call.log_decay {
+/// The transition of a piece with its row of `states` `[rows, K, V]`, which leave in this direction.
+fn summary(call: &Call, reverse: bool, piece: usize, states: &Tensor) -> Result<Summary> {
+    let transition = match &call.log_decay {
         None => Transition::Identity,
-        Some(g) => Transition::Scalar(g.f_sum_dim_intlist(1, false, Kind::Float)?),
-    })
+        Some(g) => {
+            let (start, length) = call.range(piece);
+            Transition::Scalar(g.f_narrow(1, start, length)?.f_sum_dim_intlist(1, false, Kind::Float)?)
+        }
+    };
+    let (row, sizes) = (call.row(!reverse, piece)?, states.size());
+    let state = states.f_narrow(0, row, call.b * call.h)?.f_view([call.b, call.h, sizes[1], sizes[2]])?;
+    Ok(Summary { transition, state })
+}
+
+/// Adds a state to that of its piece.
+fn add(states: &mut [Option<Tensor>], piece: usize, state: &Tensor) -> Result<()> {
+    states[piece] = Some(match states[piece].take() {
+        Some(before) => before.f_add(state)?,
+        None => state.shallow_clone(),
+    });
+    Ok(())
 }
 
 /// Channels of one launch: `(first, number)` in K and in V.
@@ -124,10 +140,21 @@ impl Part {
         Ok(x.f_narrow(3, self.v.0, self.v.1)?)
     }
 
-    /// Of a state `[B, H, K, V]`, as the kernels take it.
-    fn state(&self, x: &Tensor) -> Result<Tensor> {
-        let part = x.f_narrow(2, self.k.0, self.k.1)?.f_narrow(3, self.v.0, self.v.1)?;
-        Ok(part.f_to_kind(Kind::Float)?.f_contiguous()?)
+    /// The states `[B, H, K, V]` that enter pieces from outside as the kernels take them, `[rows, K, V]`, if there are any.
+    fn external(&self, call: &Call, reverse: bool, states: &[Option<Tensor>]) -> Result<Option<Tensor>> {
+        if states.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let sizes = [call.b * call.h, self.k.1, self.v.1];
+        let of = |piece: usize| match &states[piece] {
+            Some(state) => {
+                let part = state.f_narrow(2, self.k.0, self.k.1)?.f_narrow(3, self.v.0, self.v.1)?;
+                Ok(part.f_to_kind(Kind::Float)?.f_contiguous()?.f_view(sizes)?)
+            }
+            None => Ok(Tensor::f_zeros(sizes, (Kind::Float, call.device))?),
+        };
+        let mut rows = call.entered(reverse).map(of).collect::<Result<Vec<_>>>()?;
+        Ok(Some(if rows.len() == 1 { rows.swap_remove(0) } else { Tensor::f_cat(&rows, 0)? }))
     }
 }
 
@@ -160,19 +187,22 @@ impl Sums {
         Ok(())
     }
 
-    /// The states `[slots, K, V]` that enter the segments, with `external` `[B, H, K, V]` entering the chains, and into
-    /// `finals`, of the same shape, those that leave them.
-    fn entries(&self, call: &Call, external: Option<&Tensor>, finals: Option<&Tensor>) -> Result<Tensor> {
+    /// The states `[slots, K, V]` that enter the segments, with those of `external` entering their pieces, and into `finals`
+    /// `[rows, K, V]`, of the whole head, those that leave them.
+    fn entries(&self, call: &Call, external: &[Option<Tensor>], finals: Option<&Tensor>) -> Result<Tensor> {
         let entries = call.empty(&self.sums.size())?;
-        let external = external.map(|x| self.part.state(x)).transpose()?;
-        let Some(finals) = finals else {
-            call.combine(self.reverse, Some(&self.sums), &self.decays, external.as_ref(), &entries, None)?;
-            return Ok(entries);
-        };
-        let here = call.empty(&[call.b, call.h, self.part.k.1, self.part.v.1])?;
-        call.combine(self.reverse, Some(&self.sums), &self.decays, external.as_ref(), &entries, Some(&here))?;
+        let external = self.part.external(call, self.reverse, external)?;
         let ((k, dk), (v, dv)) = (self.part.k, self.part.v);
-        finals.f_narrow(2, k, dk)?.f_narrow(3, v, dv)?.f_copy_(&here)?;
+        let there = finals.map(|finals| finals.f_narrow(1, k, dk)?.f_narrow(2, v, dv)).transpose()?;
+        // Where the kernel can write it, else aside.
+        let here = match &there {
+            Some(there) if !there.is_contiguous() => Some(call.empty(&there.size())?),
+            there => there.as_ref().map(Tensor::shallow_clone),
+        };
+        call.combine(self.reverse, Some(&self.sums), &self.decays, external.as_ref(), &entries, here.as_ref())?;
+        if let (Some(mut there), Some(here)) = (there.filter(|there| !there.is_contiguous()), here) {
+            there.f_copy_(&here)?;
+        }
         Ok(entries)
     }
 }

@@ -3,15 +3,17 @@
 use tch::{Device, Kind, Tensor};
 
 use super::super::driver::{TileMap, driver};
-use super::super::{Arg, Kernel, Launch, Program, gpu, kernel};
-use super::plan::{FIRST, FOLLOWED, FOLLOWS, LAST, Plan};
-use crate::Result;
+use super::super::{Arg, Kernel, Launch, NUMBERS, Program, gpu, kernel};
+use super::plan::{Cut, FIRST, FOLLOWED, FOLLOWS, LAST, Plan};
+use crate::linear::Piece;
+use crate::{Error, Result};
 
 /// Linear attention with a scalar decay, on Hopper.
 pub const LINEAR: Program = Program {
     name: "linear",
     source: include_str!("../../../cuda/linear.cu"),
     headers: &[
+        NUMBERS,
         ("hopper.cuh", include_str!("../../../cuda/hopper.cuh")),
         ("wgmma.cuh", include_str!("../../../cuda/wgmma.cuh")),
     ],
@@ -20,7 +22,9 @@ pub const LINEAR: Program = Program {
 /// The largest key or value size of one launch: a head wider than that is several, whose outputs add up.
 pub const WIDEST: i64 = 128;
 
-/// Bytes of 64 tokens by 64 channels.
+/// Tokens of a chunk.
+const CHUNK: i64 = 64;
+/// Bytes of a chunk of 64 channels.
 const BLOCK: i64 = 8192;
 const SUM_STAGES: i64 = 5;
 
@@ -163,6 +167,7 @@ pub struct Call {
     pub b: i64,
     pub t: i64,
     pub h: i64,
+    pieces: Vec<Piece>,
 }
 
 /// One output of [`Call::run`].
@@ -184,7 +189,7 @@ pub struct Run<'a> {
     /// `[slots, K, V]`; `transposed`: `[slots, V, K]` of y and z that have changed places.
     pub entries: &'a Tensor,
     pub transposed: bool,
-    /// Whether a state enters at the chains' ends too.
+    /// Whether a state enters from outside too.
     pub ends: bool,
     pub scale: f64,
     pub entry_scale: f64,
@@ -201,12 +206,41 @@ pub struct Dots<'a> {
 }
 
 impl Call {
-    pub fn new(x: &Tensor, log_decay: Option<Tensor>) -> Result<Self> {
+    pub fn new(x: &Tensor, pieces: &[Piece], log_decay: Option<Tensor>) -> Result<Self> {
         let (b, t, h, _) = x.size4()?;
         let device = x.device();
-        let gpu = gpu(device)?;
-        let plan = Plan::of(gpu.index, (b, t, h), i64::from(gpu.multiprocessors))?;
-        Ok(Self { plan, device, log_decay, b, t, h })
+        let cut = Cut { sequences: b, heads: h, chunk: CHUNK, blocks: i64::from(gpu(device)?.multiprocessors) };
+        let plan = Plan::of(device, cut, pieces)?;
+        Ok(Self { plan, device, log_decay, b, t, h, pieces: pieces.to_vec() })
+    }
+
+    /// The pieces that a state enters from outside or, in `reverse`, a gradient, at their ends. What comes out at the other
+    /// side is that of the opposite direction.
+    pub fn entered(&self, reverse: bool) -> impl Iterator<Item = usize> {
+        let is = move |piece: &Piece| if reverse { piece.leaves } else { piece.enters };
+        self.pieces.iter().enumerate().filter(move |(_, piece)| is(piece)).map(|(i, _)| i)
+    }
+
+    /// Rows of [`Call::entered`], `B H` a piece.
+    pub fn rows(&self, reverse: bool) -> i64 {
+        self.entered(reverse).count() as i64 * self.b * self.h
+    }
+
+    /// The row with which a piece's own begin.
+    pub fn row(&self, reverse: bool, piece: usize) -> Result<i64> {
+        let place =
+            self.entered(reverse).position(|entered| entered == piece).map(|place| place as i64 * self.b * self.h);
+        place.ok_or_else(|| {
+            let mark = if reverse { "leaves" } else { "enters" };
+            Error::Unsupported(format!(
+                "piece {piece}: its state was asked for, or came; expected a piece with `{mark}` set"
+            ))
+        })
+    }
+
+    /// The first token of a piece, and their number.
+    pub fn range(&self, piece: usize) -> (i64, i64) {
+        (self.pieces[..piece].iter().map(|piece| piece.tokens).sum(), self.pieces[piece].tokens)
     }
 
     pub fn empty(&self, sizes: &[i64]) -> Result<Tensor> {
@@ -245,11 +279,14 @@ impl Call {
         let kernel = variant.kernel(self.device, "summarize")?;
         let [inner, end] = Self::sides(!reverse);
         let which = if follows { inner } else { 0 } | if ends { end } else { 0 };
+        if self.plan.flags & which == 0 {
+            return Ok(());
+        }
         let params = Params::default()
             .map(&tile_map(y)?)
             .map(&tile_map(z)?)
-            .pointer(Some(&self.plan.segments))
-            .pointer(Some(&self.plan.first))
+            .pointer(Some(&self.plan.all.segments))
+            .pointer(Some(&self.plan.all.first))
             .pointer(Some(sums))
             .pointer(Some(decays))
             .decay(self.log_decay.as_ref())
@@ -258,13 +295,13 @@ impl Call {
             .i32(dv)
             .i32(i64::from(which))
             .words();
-        let launch = Launch { grid: [self.plan.blocks, 1, 1], block: 256, shared: variant.shared().1 };
+        let launch = Launch { grid: [self.plan.all.blocks, 1, 1], block: 256, shared: variant.shared().1 };
         // SAFETY: SummarizeParams of linear.cu; tensors of this call's shape on its device.
         unsafe { kernel.launch(launch, &[Arg::Bytes(&params)]) }
     }
 
-    /// The state that enters every segment, into `entries` `[slots, K, V]`, from their `sums` (`None`: zero), and the chains'
-    /// final states. `external`, `finals`: `[B, H, K, V]`, contiguous.
+    /// The state that enters every segment, into `entries` `[slots, K, V]`, from their `sums` (`None`: zero), and those that
+    /// leave chains. `external`, `finals`: `[rows, K, V]`, contiguous; see [`Call::rows`].
     pub fn combine(
         &self,
         reverse: bool,
@@ -275,6 +312,9 @@ impl Call {
         finals: Option<&Tensor>,
     ) -> Result<()> {
         let elements = entries.size()[1] * entries.size()[2];
+        if external.is_none() && finals.is_none() && self.plan.flags & FOLLOWS == 0 {
+            return Ok(());
+        }
         // Every variant has it; this one is needed anyway.
         let variant = self.forward_variant(entries);
         let kernel = kernel(self.device, &LINEAR, &variant.defines(), "combine")?;
@@ -289,12 +329,14 @@ impl Call {
             .i32(i64::from(reverse))
             .words();
         let blocks = (elements + 511) / 512;
-        let launch = Launch { grid: [blocks as u32, self.plan.chain_count, 1], block: 128, shared: 0 };
+        let launch = Launch { grid: [self.plan.chain_count, blocks as u32, 1], block: 128, shared: 0 };
         // SAFETY: CombineParams of linear.cu; states of this plan's slots and chains.
         unsafe { kernel.launch(launch, &[Arg::Bytes(&params)]) }
     }
 
+    /// `late`: only what entering states add, to the tokens of pieces that one enters.
     pub fn run(&self, reverse: bool, late: bool, run: &Run) -> Result<()> {
+        let work = if late { &self.plan.entered } else { &self.plan.all };
         let (dk, dv) = (run.y.size()[3], run.z.size()[3]);
         let dual = run.out2.is_some();
         let variant = Variant { decay: self.decay(), reverse, dual, late, dots: run.dots.is_some(), dk, dv };
@@ -313,8 +355,8 @@ impl Call {
             .output(out2.to)
             .pointer(run.dots)
             .pointer(run.pairs)
-            .pointer(Some(&self.plan.segments))
-            .pointer(Some(&self.plan.first))
+            .pointer(Some(&work.segments))
+            .pointer(Some(&work.first))
             .pointer(Some(run.entries))
             .i32(row)
             .i32(column)
@@ -330,13 +372,13 @@ impl Call {
             .i32(i64::from(out.add) + 2 * i64::from(out2.add))
             .i32(i64::from(inner | if run.ends { end } else { 0 }))
             .words();
-        let launch = Launch { grid: [self.plan.blocks, 1, 1], block: 512, shared: variant.shared().0 };
+        let launch = Launch { grid: [work.blocks, 1, 1], block: 512, shared: variant.shared().0 };
         // SAFETY: RunParams of linear.cu; tensors of this call's shape on its device.
         unsafe { kernel.launch(launch, &[Arg::Bytes(&params)]) }
     }
 
-    /// dlog_decay `[B, T, H]` f32 into `out`, or added to it. `entries`, `exits`: `[slots, K, V]`; `finals`: `[B, H, K, V]`,
-    /// where a gradient comes in at the chains' ends.
+    /// dlog_decay `[B, T, H]` f32 into `out`, or added to it. `entries`, `exits`: `[slots, K, V]`; `finals`: `[rows, K, V]`,
+    /// where a gradient comes in at chains' ends.
     pub fn decay_gradient(
         &self,
         dots: &Dots,
@@ -349,7 +391,7 @@ impl Call {
         let kernel = kernel(self.device, &LINEAR, &variant.defines(), "decay_gradient")?;
         let [inner, end] = Self::sides(true);
         let params = Params::default()
-            .pointer(Some(&self.plan.segments))
+            .pointer(Some(&self.plan.all.segments))
             .pointer(Some(dots.queries))
             .pointer(Some(dots.keys))
             .pointer(Some(dots.pairs))
@@ -364,7 +406,7 @@ impl Call {
             .i32(i64::from(inner | if finals.is_some() { end } else { 0 }))
             .i32(i64::from(add))
             .words();
-        let launch = Launch { grid: [self.plan.slots as u32, 1, 1], block: 256, shared: 0 };
+        let launch = Launch { grid: [self.plan.all.count, 1, 1], block: 256, shared: 0 };
         // SAFETY: DecayGradientParams of linear.cu.
         unsafe { kernel.launch(launch, &[Arg::Bytes(&params)]) }
     }

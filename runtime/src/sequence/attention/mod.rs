@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 pub use lasp2h::Lasp2h;
 pub use megatron_sp::MegatronSp;
-pub use ring::Ring;
+pub use ring::{Ring, tiles as ring_tiles};
 pub use ulysses::Ulysses;
 
 use super::{Error, LayerSizes, Piece, Plan, Result, Shard, Traffic};
@@ -115,7 +115,7 @@ pub fn tiles(plan: &Plan, causal: bool) -> Vec<Tile> {
 }
 
 /// The tiles of whole documents, all of whose tokens are here.
-fn documents(plan: &Plan, causal: bool) -> Vec<Tile> {
+pub fn documents(plan: &Plan, causal: bool) -> Vec<Tile> {
     let documents = (0..plan.documents()).map(|n| plan.document(n)).filter(|document| !document.is_empty());
     documents.map(|document| Tile { q: document.clone(), k: document, causal }).collect()
 }

@@ -81,7 +81,7 @@ impl Attention for Ring {
 /// What this rank's queries see of `owner`'s keys, in the owner's local order.
 ///
 /// A document that goes on from a rank's first segment to its second is one run there: it ends the one and starts the other.
-fn tiles(plan: &Plan, owner: usize, causal: bool) -> Vec<Tile> {
+pub fn tiles(plan: &Plan, owner: usize, causal: bool) -> Vec<Tile> {
     let keys = plan.pieces_of(owner);
     let seen = |queries: &Piece| -> Option<Tile> {
         let visible = |k: &&Piece| k.document == queries.document && (!causal || k.global.start < queries.global.end);

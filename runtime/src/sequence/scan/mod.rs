@@ -23,8 +23,9 @@ pub use all_scan::AllScan;
 pub use hierarchical::Hierarchical;
 pub use lasp1::Lasp1;
 pub use lasp2::Lasp2;
+pub use route::Route;
 pub use size::{DecayForm, StateSize};
-pub use truncated::Truncated;
+pub use truncated::{Reach, Truncated};
 
 use super::{Chain, Error, Messages, Result, Traffic};
 

@@ -9,7 +9,8 @@ use std::ops::Range;
 use super::message::{cut, gather_messages};
 use super::{Chain, Messages, StateSize};
 
-pub(super) struct Route {
+/// The hierarchical scan over one chain, of states with so many rows, on nodes of so many ranks.
+pub struct Route {
     pub chain: Chain,
     pub runs: Vec<Run>,
     /// Rows of the key dimension.
@@ -19,7 +20,7 @@ pub(super) struct Route {
 }
 
 /// Consecutive segments that lie on one node.
-pub(super) struct Run {
+pub struct Run {
     pub node: usize,
     pub segments: Range<usize>,
 }
@@ -95,6 +96,16 @@ impl Route {
         self.steps().any(|d| self.takes(i, d))
     }
 
+    /// Bytes of a slice of what run `from` sums up to before the step of distance `d`: with its log-decays where they travel.
+    pub fn bytes(&self, from: usize, d: usize, slice: usize, size: &StateSize) -> u64 {
+        let rows = self.rows(slice);
+        size.rows(rows) + if self.passes(self.summed(from, d)) { size.decays_of(rows) } else { 0 }
+    }
+
+    fn rows(&self, slice: usize) -> u64 {
+        (self.slices[slice].end - self.slices[slice].start) as u64
+    }
+
     /// What a rank sends and receives in one scan: both gathers inside the node, and between them the slices, with their
     /// log-decays where they depend on the data. `again`: the node's are known.
     pub fn messages(&self, rank: usize, size: &StateSize, again: bool) -> Messages {
@@ -103,29 +114,23 @@ impl Route {
         let row = size.state() + if again { 0 } else { size.decays() };
         let mut messages = gather_messages("node", members, self.chain.slots(), row, size, 1);
 
-        let rows = |slice: usize| (self.slices[slice].end - self.slices[slice].start) as u64;
         let mine = self.slices_of(rank);
         let runs = self.runs_of(node);
-        // What run `from` sums up to before step `d`.
-        let bytes = |from: usize, d: usize, slice: usize| {
-            let decays = if self.passes(self.summed(from, d)) { size.decays_of(rows(slice)) } else { 0 };
-            size.rows(rows(slice)) + decays
-        };
         for d in self.steps() {
             for (&run, &slice) in runs.iter().flat_map(|run| mine.iter().map(move |slice| (run, slice))) {
                 let elsewhere = |other: usize| self.scans(self.runs[other].node, slice) != rank;
                 if run + d < self.runs.len() && self.takes(run + d, d) && elsewhere(run + d) {
-                    messages.count("send", 1, bytes(run, d, slice), 0);
+                    messages.count("send", 1, self.bytes(run, d, slice, size), 0);
                 }
                 if self.takes(run, d) && elsewhere(run - d) {
-                    messages.count("recv", 1, 0, bytes(run - d, d, slice));
+                    messages.count("recv", 1, 0, self.bytes(run - d, d, slice, size));
                 }
             }
         }
 
         let entered = runs.iter().filter(|&&run| self.enters(run)).count() as u64;
         if members > 1 && entered > 0 {
-            let sent = mine.iter().map(|&slice| size.rows(rows(slice))).sum::<u64>();
+            let sent = mine.iter().map(|&slice| size.rows(self.rows(slice))).sum::<u64>();
             messages.count_on("node", "all_gather_v", 1, entered * sent, entered * (size.state() - sent));
         }
         messages

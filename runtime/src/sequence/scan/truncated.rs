@@ -15,7 +15,10 @@ use tch::{Kind, Tensor};
 
 use super::fold::{States, fold};
 use super::message::{Row, gather, gather_messages, when_they_come};
-use super::{Chain, DecayForm, Entries, Lasp2, Messages, Result, Scan, Scanned, StateSize, Transitions, missing};
+use super::{
+    Chain, DecayForm, Entries, Lasp2, Messages, Result, Scan, Scanned, StateSize, Traffic, Transitions, both_ways,
+    missing,
+};
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Truncated {
@@ -37,9 +40,8 @@ impl Scan for Truncated {
         if transitions.iter().any(Option::is_none) {
             learn(group, chain, &mut transitions)?;
         }
-        let decays = Decays::new(&transitions, mine[0].kind())?;
-        let alive = |from, to| decays.alive(from, to);
-        let firsts: Vec<Option<usize>> = chain.held.iter().map(|&s| reaches_back(chain, s, alive)).collect();
+        let reach = Reach::over(&transitions, mine[0].kind())?;
+        let firsts: Vec<Option<usize>> = chain.held.iter().map(|&s| reach.back(chain, s)).collect();
 
         let mut states: States = chain.links.iter().map(|_| None).collect();
         for (&segment, state) in chain.held.iter().zip(&mine) {
@@ -47,13 +49,13 @@ impl Scan for Truncated {
         }
         let mut sent = Vec::new();
         for &segment in chain.held.iter().collect::<BTreeSet<_>>() {
-            for to in heard_by(chain, segment, alive).into_iter().filter(|&to| to != group.rank()) {
+            for to in reach.heard_by(chain, segment).into_iter().filter(|&to| to != group.rank()) {
                 let state = states[segment].as_ref().ok_or_else(|| missing("state", segment))?;
                 sent.push(group.send(state, to)?);
             }
         }
         let (mut coming, mut awaited) = (Vec::new(), Vec::new());
-        for segment in needed(chain, &firsts) {
+        for segment in needed(chain, &chain.held, &firsts) {
             let from = chain.owners[segment].0;
             if from != group.rank() {
                 coming.push(group.recv_on(mine[0].device(), &mine[0].size(), mine[0].kind(), from)?);
@@ -76,23 +78,7 @@ impl Scan for Truncated {
 
     /// The log-decays of all segments and, were nothing to die, the states of all from which state flows here.
     fn messages(&self, chain: &Chain, rank: usize, size: &StateSize, again: bool) -> Messages {
-        if size.decay == DecayForm::None {
-            return self.undecayed.messages(chain, rank, size, again);
-        }
-        let mut messages = Messages::default();
-        if size.decays() > 0 && !again {
-            messages = gather_messages("sp", chain.ranks(), chain.slots(), size.decays(), size, 1);
-        }
-        let always = |_, _| true;
-        let held: Vec<usize> = (0..chain.owners.len()).filter(|&s| chain.owners[s].0 == rank).collect();
-        let firsts: Vec<_> = held.iter().map(|&segment| reaches_back(chain, segment, always)).collect();
-        let heard = held.iter().flat_map(|&segment| heard_by(chain, segment, always));
-        let sent = heard.filter(|&to| to != rank).count() as u64;
-        let needed = needed(&Chain { held: held.clone(), ..chain.clone() }, &firsts);
-        let received = needed.into_iter().filter(|&segment| chain.owners[segment].0 != rank).count() as u64;
-        messages.count("send", sent, sent * size.state(), 0);
-        messages.count("recv", received, 0, received * size.state());
-        messages
+        self.messages_within(&Reach::full(), chain, rank, size, again)
     }
 
     fn sends_less(&self, size: &StateSize) -> bool {
@@ -100,9 +86,37 @@ impl Scan for Truncated {
     }
 }
 
+impl Truncated {
+    /// [`Scan::traffic`], exactly, of a layer whose log-decays are these constants `[H]`.
+    pub fn traffic_under(&self, log_decay: &[f64], chain: &Chain, rank: usize, size: &StateSize) -> Traffic {
+        both_ways(chain, |chain, again| {
+            self.messages_within(&Reach::constant(log_decay, chain, size.width), chain, rank, size, again)
+        })
+    }
+
+    fn messages_within(&self, reach: &Reach, chain: &Chain, rank: usize, size: &StateSize, again: bool) -> Messages {
+        if size.decay == DecayForm::None {
+            return self.undecayed.messages(chain, rank, size, again);
+        }
+        let mut messages = Messages::default();
+        if size.decays() > 0 && !again {
+            messages = gather_messages("sp", chain.ranks(), chain.slots(), size.decays(), size, 1);
+        }
+        let held: Vec<usize> = (0..chain.owners.len()).filter(|&s| chain.owners[s].0 == rank).collect();
+        let firsts: Vec<_> = held.iter().map(|&segment| reach.back(chain, segment)).collect();
+        let heard = held.iter().flat_map(|&segment| reach.heard_by(chain, segment));
+        let sent = heard.filter(|&to| to != rank).count() as u64;
+        let needed = needed(chain, &held, &firsts);
+        let received = needed.into_iter().filter(|&segment| chain.owners[segment].0 != rank).count() as u64;
+        messages.count("send", sent, sent * size.state(), 0);
+        messages.count("recv", received, 0, received * size.state());
+        messages
+    }
+}
+
 /// The segments whose states the held ones need: from the given first ones on, those with tokens.
-fn needed(chain: &Chain, firsts: &[Option<usize>]) -> BTreeSet<usize> {
-    let ranges = chain.held.iter().zip(firsts).filter_map(|(&segment, first)| Some(first.as_ref().copied()?..segment));
+fn needed(chain: &Chain, held: &[usize], firsts: &[Option<usize>]) -> BTreeSet<usize> {
+    let ranges = held.iter().zip(firsts).filter_map(|(&segment, first)| Some(first.as_ref().copied()?..segment));
     ranges.flatten().filter(|&segment| !chain.links[segment].empty).collect()
 }
 
@@ -125,18 +139,36 @@ fn learn(group: &Group, chain: &Chain, transitions: &mut Transitions) -> Result<
     Ok(())
 }
 
+/// Between which segments states matter: as far as the decay between them leaves anything.
+///
 /// Cumulative log-decays over the segments, in f64 and by the same additions on every rank: sender and receiver find the
 /// same number for the same pair, or one would wait for ever.
-struct Decays {
-    /// `[segments, n]`, n numbers of a transition.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reach {
+    /// `[segments, n]`, n numbers of a transition; none if nothing decays.
     sums: Vec<f64>,
     n: usize,
     limit: f64,
 }
 
-impl Decays {
-    fn new(transitions: &[Option<Transition>], kind: Kind) -> Result<Self> {
-        let bits = if kind == Kind::Double { 53.0 } else { 24.0 };
+impl Reach {
+    /// As far as state flows.
+    pub fn full() -> Self {
+        Self { sums: vec![], n: 0, limit: 0.0 }
+    }
+
+    /// Under constant log-decays `[H]`, of states whose numbers have `width` bytes.
+    pub fn constant(log_decay: &[f64], chain: &Chain, width: u64) -> Self {
+        let rows = chain.links.iter().flat_map(|link| log_decay.iter().map(|log| *log * link.tail as f64));
+        let mut sums: Vec<f64> = rows.map(known_log).collect();
+        let n = log_decay.len();
+        for at in n..sums.len() {
+            sums[at] += sums[at - n];
+        }
+        Self { sums, n, limit: limit(width) }
+    }
+
+    fn over(transitions: &[Option<Transition>], kind: Kind) -> Result<Self> {
         let mut rows = Vec::with_capacity(transitions.len());
         for (segment, transition) in transitions.iter().enumerate() {
             match transition {
@@ -144,40 +176,110 @@ impl Decays {
                 _ => return Err(missing("transition", segment)),
             }
         }
-        // What is not a number forgets nothing; the least is far below any limit, and still finite when summed.
-        let logs = Tensor::f_stack(&rows, 0)?.f_to_kind(Kind::Double)?.f_nan_to_num(0.0, 0.0, -1e6)?;
-        let sums = logs.f_clamp(-1e6, 0.0)?.f_cumsum(0, Kind::Double)?;
+        let logs = Tensor::f_stack(&rows, 0)?.f_to_kind(Kind::Double)?.f_nan_to_num(0.0, 0.0, LEAST)?;
+        let sums = logs.f_clamp(LEAST, 0.0)?.f_cumsum(0, Kind::Double)?;
         let n = sums.size()[1] as usize;
         let sums = Vec::try_from(sums.f_flatten(0, -1)?)?;
-        Ok(Self { sums, n, limit: -bits * std::f64::consts::LN_2 })
+        Ok(Self { sums, n, limit: limit(kind.elt_size_in_bytes() as u64) })
     }
 
     /// Whether what leaves `from` still matters at the entry of `to`, in some head or channel.
     fn alive(&self, from: usize, to: usize) -> bool {
         let row = |segment: usize| &self.sums[segment * self.n..(segment + 1) * self.n];
-        row(from).iter().zip(row(to - 1)).any(|(before, here)| here - before >= self.limit)
+        self.n == 0 || row(from).iter().zip(row(to - 1)).any(|(before, here)| here - before >= self.limit)
+    }
+
+    /// The first segment whose state matters at the entry of `segment`.
+    pub fn back(&self, chain: &Chain, segment: usize) -> Option<usize> {
+        let mut first = chain.before(segment)?;
+        while chain.links[first].through {
+            match chain.before(first).filter(|&before| self.alive(before, segment)) {
+                Some(before) => first = before,
+                None => break,
+            }
+        }
+        Some(first)
+    }
+
+    /// The ranks at whose segments the state of `segment` matters.
+    pub fn heard_by(&self, chain: &Chain, segment: usize) -> BTreeSet<usize> {
+        let mut ranks = BTreeSet::new();
+        let mut at = chain.after(segment);
+        while let Some(to) = at.filter(|&to| self.alive(segment, to)) {
+            ranks.insert(chain.owners[to].0);
+            at = chain.after(to).filter(|_| chain.links[to].through);
+        }
+        ranks
     }
 }
 
-/// The first segment whose state matters at the entry of `segment`; `alive(from, to)` tells.
-fn reaches_back(chain: &Chain, segment: usize, alive: impl Fn(usize, usize) -> bool) -> Option<usize> {
-    let mut first = chain.before(segment)?;
-    while chain.links[first].through {
-        match chain.before(first).filter(|&before| alive(before, segment)) {
-            Some(before) => first = before,
-            None => break,
+/// The least log-decay that counts: far below any limit, and still finite when summed.
+const LEAST: f64 = -1e6;
+
+/// What is not a number forgets nothing.
+fn known_log(log: f64) -> f64 {
+    if log.is_nan() { 0.0 } else { log.clamp(LEAST, 0.0) }
+}
+
+/// The log of what numbers of so many bytes can hold beside 1.
+fn limit(width: u64) -> f64 {
+    let bits = if width == 8 { 53.0 } else { 24.0 };
+    -bits * std::f64::consts::LN_2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::LayoutKind;
+    use crate::sequence::{Layout, Plan};
+
+    fn chain(layout: LayoutKind, tokens: i64, ranks: usize, cu_seqlens: Option<&[i64]>) -> Chain {
+        Plan::new(Layout::new(layout, tokens, ranks).unwrap(), cu_seqlens, 0).unwrap().chain
+    }
+
+    /// What a scan finds from its transitions and what is known of constants beforehand are the same reach.
+    #[test]
+    fn constants_reach_as_far_as_their_transitions_say() {
+        let logs = [-0.003f32, -0.02, -0.3];
+        let constants = logs.map(f64::from);
+        for layout in [LayoutKind::Contiguous, LayoutKind::Zigzag] {
+            for cu_seqlens in [None, Some(&[0, 100, 4000, 4000, 32000][..])] {
+                let chain = chain(layout, 32000, 8, cu_seqlens);
+                let of = |tail: i64| Tensor::from_slice(&logs).unsqueeze(0) * tail;
+                let transitions: Transitions =
+                    chain.links.iter().map(|link| Some(Transition::Scalar(of(link.tail)))).collect();
+                let (found, known) =
+                    (Reach::over(&transitions, Kind::Float).unwrap(), Reach::constant(&constants, &chain, 4));
+                for segment in 0..chain.links.len() {
+                    assert_eq!(found.back(&chain, segment), known.back(&chain, segment));
+                    assert_eq!(found.heard_by(&chain, segment), known.heard_by(&chain, segment));
+                }
+            }
         }
     }
-    Some(first)
-}
 
-/// The ranks at whose segments the state of `segment` matters.
-fn heard_by(chain: &Chain, segment: usize, alive: impl Fn(usize, usize) -> bool) -> BTreeSet<usize> {
-    let mut ranks = BTreeSet::new();
-    let mut at = chain.after(segment);
-    while let Some(to) = at.filter(|&to| alive(segment, to)) {
-        ranks.insert(chain.owners[to].0);
-        at = chain.after(to).filter(|_| chain.links[to].through);
+    #[test]
+    fn messages_are_those_within_reach() {
+        let size = StateSize { heads: 2, key: 4, value: 4, width: 4, decay: DecayForm::Head };
+        let scan = Truncated::default();
+        let chain = chain(LayoutKind::Contiguous, 8 * 1000, 8, None);
+        let counts = |log: f64, rank: usize| {
+            let traffic = scan.traffic_under(&[10.0 * log, log], &chain, rank, &size);
+            assert!(!traffic.at_most);
+            [traffic.forward, traffic.backward].map(|moved| {
+                ["send", "recv"].map(|op| moved.iter().find(|((_, of), _)| *of == op).map_or(0, |(_, n)| n.messages))
+            })
+        };
+        // ln 2^-24 = -16.6: after 1000 tokens all is gone, after 2000 there is something left, after 3000 nothing.
+        assert_eq!(counts(-0.02, 4), [[1, 1], [1, 1]]);
+        assert_eq!(counts(-0.008, 4), [[3, 3], [3, 3]]);
+        assert_eq!(counts(-0.008, 0), [[3, 0], [0, 3]]);
+        // Nothing dies: as many as without knowing.
+        for rank in 0..8 {
+            let full = scan.traffic(&chain, rank, &size);
+            let known = scan.traffic_under(&[-1e-6], &chain, rank, &size);
+            assert_eq!((full.forward, full.backward), (known.forward, known.backward));
+            assert!(full.at_most);
+        }
     }
-    ranks
 }
