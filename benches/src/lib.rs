@@ -11,6 +11,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use tch::{Cuda, Device};
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
@@ -48,6 +49,13 @@ pub fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// Waits until the device is through with what it has been given.
+pub(crate) fn settle(device: Device) {
+    if let Device::Cuda(gpu) = device {
+        Cuda::synchronize(gpu as i64);
+    }
 }
 
 /// Times several bodies in turn, `runs` times each, so that a noisy machine favours none of them.

@@ -5,6 +5,7 @@ use anyhow::{Context, Result};
 use collectives::local::{self, Network};
 use runtime::config::{Config, LayoutKind};
 use serde::Serialize;
+use tch::Device;
 
 use crate::compare::{Comparison, Measured, Method, Mixer, Mode, Options, Row};
 
@@ -40,7 +41,17 @@ impl Overlap {
         let text = "[model]\nkv_heads = 1\nheads = 4\ndim = 256\nchunk = 64";
         let config = Config::from_toml_str(text, "the sizes of the overlap", &[])?;
         let methods = Method::list("lasp2", Mixer::Linear, LayoutKind::Contiguous)?;
-        Ok(Self { options: Options { mixer: Mixer::Linear, mode: Mode::Operator, methods, rounds, config }, tokens })
+        Ok(Self {
+            options: Options {
+                mixer: Mixer::Linear,
+                mode: Mode::Operator,
+                methods,
+                rounds,
+                device: Device::Cpu,
+                config,
+            },
+            tokens,
+        })
     }
 
     /// One turn of both.

@@ -8,7 +8,8 @@ use benches::simulate::Machine;
 use benches::simulate::choose::{Candidate, Choice, choose, choose_operator};
 use collectives::Group;
 use collectives::local::Network;
-use runtime::config::{Config, LayerKind};
+use runtime::config::{Config, DataKind, LayerKind};
+use runtime::data::Source;
 use runtime::sequence::method::AUTO;
 use tch::Tensor;
 
@@ -17,6 +18,8 @@ const FILE: &str = "machine.toml";
 /// Where nothing is said of the machine.
 const GPU: &str = "h100-dgx";
 const CPU: &str = "epyc-2core";
+/// Sequences of packed documents of which the mean decides.
+const PACKED: u64 = 4;
 
 /// Decides what is left open, as [`decide`]; the same on every rank. Collective over `world`, and after
 /// [`Config::resolve_ranks`].
@@ -110,10 +113,11 @@ pub fn decide(config: &mut Config, gpu: bool) -> Result<()> {
     let open = |config: &Config, kind: LayerKind| *method(&mut config.parallel.clone(), kind) == AUTO;
     let asked: Vec<LayerKind> =
         kinds.into_iter().filter(|&kind| open(config, kind) && layers.contains(&kind)).collect();
-    for choice in choose(&machine, config, sp, &asked)? {
+    let (packed, documents) = if asked.is_empty() { (vec![], String::new()) } else { packed(config) };
+    for choice in choose(&machine, config, sp, &asked, &packed)? {
         let tokens = config.train.seq_len;
         tracing::info!(
-            "{} = {AUTO:?}: {}, for {tokens} tokens on {sp} ranks by the cost model of {name} ({why}); predicted:",
+            "{} = {AUTO:?}: {}, for {tokens} tokens{documents} on {sp} ranks by the cost model of {name} ({why}); predicted:",
             key(choice.kind),
             choice.method
         );
@@ -128,6 +132,26 @@ pub fn decide(config: &mut Config, gpu: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Boundaries of documents in the first sequences of the training data, and how the log describes them; none if each sequence is one
+/// document, or if the data is not here, as for `lasp plan`.
+fn packed(config: &Config) -> (Vec<Vec<i64>>, String) {
+    if config.data.kind != DataKind::Corpus || !config.data.documents {
+        return (vec![], String::new());
+    }
+    match Source::open(config) {
+        Ok((source, _)) => {
+            let count = source.windows().map_or(PACKED, |windows| windows.min(PACKED));
+            let packed: Vec<Vec<i64>> = (0..count).map(|index| source.sequence(index).cu_seqlens).collect();
+            let documents = packed.iter().map(|of| of.len() - 1).sum::<usize>() as f64 / packed.len().max(1) as f64;
+            (packed, format!(" in {documents:.1} documents, the mean of the first {count} sequences,"))
+        }
+        Err(error) => {
+            tracing::warn!("{AUTO:?} takes each sequence for one document, as the data cannot be read: {error}");
+            (vec![], String::new())
+        }
+    }
 }
 
 /// The machine to decide for, and why it is that one.
@@ -171,6 +195,7 @@ fn line(candidate: &Candidate, what: &str) -> String {
 mod tests {
     use super::*;
     use collectives::local;
+    use runtime::data::{PrepareOptions, prepare};
 
     fn config(set: &[&str]) -> Config {
         let set: Vec<String> = set.iter().map(|text| (*text).to_owned()).collect();
@@ -222,6 +247,27 @@ mod tests {
         let error = local::run(4, move |world| of.agree(Some(&short), &world)).unwrap_err();
         let error = format!("{error:#}");
         assert!(error.contains("--method auto: the cost model finds no method; name one"), "{error}");
+    }
+
+    #[test]
+    fn the_documents_of_the_data_count() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in [("a.txt", 700), ("b.txt", 50), ("c.txt", 3000)] {
+            std::fs::write(folder.path().join(name), name[..1].repeat(bytes)).unwrap();
+        }
+        let path = folder.path().join("corpus.bin");
+        prepare(&[folder.path().to_owned()], None, &path, &PrepareOptions { seed: 1 }, false).unwrap();
+        let of = |set: &[&str]| {
+            let path = format!("data.path={path:?}");
+            packed(&config(&[set, &[path.as_str(), "train.seq_len=1024", "data.validation_fraction=0"]].concat()))
+        };
+        let (sequences, text) = of(&[]);
+        assert!(!sequences.is_empty() && sequences.len() <= PACKED as usize);
+        assert!(sequences.iter().all(|of| of.first() == Some(&0) && of.last() == Some(&1024)), "{sequences:?}");
+        assert!(sequences.iter().any(|of| of.len() > 2) && text.contains("documents"), "{sequences:?} {text}");
+        // Each sequence as one; data that is nowhere.
+        assert_eq!(of(&["data.documents=false"]), (vec![], String::new()));
+        assert_eq!(packed(&config(&["data.path=nowhere.bin"])), (vec![], String::new()));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use collectives::local::Network;
 use serde_json::json;
 use tch::Device;
 
+use crate::gpu::Place;
 use crate::identity::Launcher;
 use crate::{job, output};
 
@@ -45,17 +46,11 @@ pub struct Args {
     #[arg(long, value_name = "NETWORK")]
     network: Option<Network>,
     /// Where the tensors are; cuda: on GPUs, by NCCL
-    #[arg(long, value_enum, default_value_t = On::Cpu)]
-    device: On,
+    #[arg(long, value_enum, default_value_t = Place::Cpu)]
+    device: Place,
     /// Print a line of JSON for each row: times in us, bandwidths in GB/s
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum On {
-    Cpu,
-    Cuda,
 }
 
 const EXPLANATION: &str = "\
@@ -96,8 +91,8 @@ pub fn run(command: Command, launcher: &Launcher) -> Result<()> {
         false => Some(args.ranks.unwrap_or(2)),
     };
     job::on_network(launcher, args.network.as_ref(), ranks, |world| match args.device {
-        On::Cpu => measure(&args, world, Device::Cpu),
-        On::Cuda => {
+        Place::Cpu => measure(&args, world, Device::Cpu),
+        Place::Cuda => {
             let (world, device) = job::on_gpu(launcher, world)?;
             measure(&args, &world, device)
         }

@@ -4,20 +4,27 @@
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
-use benches::calibrate::{Calibration, Setting, calibrate};
+use anyhow::{Context, Result, bail};
+use benches::calibrate::{Calibration, KINDS, Setting, calibrate, kernels};
+use benches::simulate::Machine;
+use benches::simulate::host::Kernel;
 use collectives::Group;
 use collectives::local::Network;
+use tch::Device;
 
+use crate::gpu::Place;
 use crate::identity::{Launcher, cores};
-use crate::{doctor, job, output};
+use crate::{doctor, gpu, job, output};
 
 /// Measure kernels and collectives here, and write them as a machine of the cost model
 #[derive(clap::Args)]
 pub struct Args {
-    /// Number of ranks, as threads; under mpirun, if given, its number of processes [default: 2]
+    /// Number of ranks, as threads; under mpirun, if given, its number of processes [default: 2, on a GPU 1]
     #[arg(long, value_name = "N")]
     ranks: Option<usize>,
+    /// What to measure; cuda: a GPU in bf16 and, with several ranks, NCCL between GPUs; the rest of the machine is a preset's
+    #[arg(long, value_enum, default_value_t = Place::Cpu)]
+    device: Place,
     /// Emulate this network between ranks that are threads: ranks on a node, latency/bandwidth within and between nodes,
     /// as in node=4,intra=2us/100GB/s,inter=20us/10GB/s
     #[arg(long, value_name = "NETWORK")]
@@ -25,34 +32,87 @@ pub struct Args {
     /// Measure kernels once and at few sizes: some seconds, for a first look
     #[arg(long)]
     quick: bool,
+    /// Measure only these kernels of ranks that share cores, and put them into the file, which stays as it is otherwise
+    #[arg(long, value_name = "KIND", value_parser = KINDS, conflicts_with_all = ["device", "network"])]
+    only: Option<String>,
     /// The file to write, TOML; it is replaced
     #[arg(long, value_name = "FILE", default_value = "machine.toml")]
     out: PathBuf,
 }
 
 pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
+    let cuda = args.device == Place::Cuda;
+    if let (true, Some(network)) = (cuda, &args.network) {
+        bail!("{}", gpu::no_network(network));
+    }
+    if cuda {
+        gpu::in_processes(launcher, args.ranks.as_slice(), "calibrate")?;
+    }
     let ranks = match launcher.joins_processes()? {
         true => args.ranks,
-        false => Some(args.ranks.unwrap_or(2)),
+        false => Some(args.ranks.unwrap_or(if cuda { 1 } else { 2 })),
     };
     job::on_network(launcher, args.network.as_ref(), ranks, |world| {
+        if let Some(kind) = &args.only {
+            return put(&args, kind, world);
+        }
+        let (world, device) = match args.device {
+            Place::Cpu => (world.clone(), Device::Cpu),
+            Place::Cuda => job::on_gpu(launcher, world).context("--device cuda")?,
+        };
         let name = args.out.file_stem().map_or_else(|| "here".to_owned(), |name| name.to_string_lossy().into_owned());
-        let node = args.network.map_or(world.size(), |network| network.node);
-        let network = args.network.map(|network| network.to_string());
-        let found =
-            calibrate(world, &Setting { name, node, memory: doctor::memory("MemTotal"), network, quick: args.quick })?;
-        if world.rank() == 0 { write(&args, world, &found) } else { Ok(()) }
+        let on_node = launcher.on_node().unwrap_or(world.size());
+        let setting = Setting {
+            name,
+            device,
+            node: args.network.map_or(on_node, |network| network.node),
+            gpus: if cuda { gpu::count() } else { 0 },
+            memory: doctor::memory("MemTotal"),
+            network: args.network.map(|network| network.to_string()),
+            quick: args.quick,
+        };
+        let found = calibrate(&world, &setting)?;
+        if world.rank() == 0 { write(&args, &world, device, &found) } else { Ok(()) }
     })
 }
 
-fn write(args: &Args, world: &Group, found: &Calibration) -> Result<()> {
+/// Measures kernels of one kind, and puts them in the place of those in the file; new ones come behind.
+fn put(args: &Args, kind: &str, world: &Group) -> Result<()> {
+    let found = kernels(world, kind, args.quick)?;
+    if world.rank() > 0 {
+        return Ok(());
+    }
+    let path = args.out.display();
+    let text = fs::read_to_string(&args.out).with_context(|| format!("cannot read {path} (--out with --only)"))?;
+    let mut machine = Machine::from_toml(&text, &path.to_string())?;
+    let Some(host) = &mut machine.host else {
+        bail!("{path} has no [host]; expected a machine that lasp calibrate wrote (--out with --only)");
+    };
+    let names: Vec<String> =
+        found.iter().map(|kernel| format!("  {}, {} threads\n", kernel.name, kernel.threads)).collect();
+    for new in found {
+        let same = |old: &&mut Kernel| (&old.name, old.threads) == (&new.name, new.threads);
+        match host.kernels.iter_mut().find(same) {
+            Some(old) => *old = new,
+            None => host.kernels.push(new),
+        }
+    }
+    let comments: String =
+        text.lines().take_while(|line| line.starts_with('#')).map(|line| format!("{line}\n")).collect();
+    fs::write(&args.out, format!("{comments}\n{}", machine.to_toml()?))
+        .with_context(|| format!("cannot write {path} (--out)"))?;
+    output::print(&format!("{}{path}\n", names.concat()))
+}
+
+fn write(args: &Args, world: &Group, device: Device, found: &Calibration) -> Result<()> {
     let network = args.network.map_or_else(String::new, |network| format!(", emulated network {network}"));
     let about = format!(
-        "{} ranks, back end {}, libtorch threads of each: {}, cores: {}{network}; f32",
+        "ranks: {}, back end {}, libtorch threads of each: {}, cores: {}{network}; {}",
         world.size(),
-        world.backend(),
+        world.backend_on(device),
         tch::get_num_threads(),
-        cores()
+        cores(),
+        if device.is_cuda() { "bf16" } else { "f32" }
     );
     let comments = std::iter::once(&about).chain(&found.measured).map(|line| format!("# {line}\n"));
     let text = comments.collect::<String>() + "\n" + &found.machine.to_toml()?;

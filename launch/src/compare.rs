@@ -15,12 +15,14 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use collectives::Group;
 use collectives::local::Network;
-use runtime::config::{Config, DecayKind, LayerKind, LayoutKind};
+use runtime::config::{Config, DecayKind, DeviceKind, LayerKind, LayoutKind};
 use runtime::metrics::format_duration;
 use serde_json::{Value, json};
+use tch::Device;
 
+use crate::gpu::{Found, Place};
 use crate::identity::{Launcher, cores};
-use crate::{auto, doctor, job, output};
+use crate::{auto, doctor, gpu, job, output};
 
 /// Time methods of sequence parallelism against each other: tables, results.jsonl, report.html
 #[derive(clap::Args)]
@@ -35,7 +37,7 @@ pub struct Args {
     /// Lengths of the sequence over all ranks; K and M are 1024 and 1024^2
     #[arg(long, value_name = "TOKENS,..", value_delimiter = ',', default_value = "4K,8K,16K", value_parser = tokens)]
     seq_lens: Vec<i64>,
-    /// Numbers of ranks, as threads; under mpirun, if given, its number of processes [default: 2]
+    /// Numbers of ranks, as threads; under mpirun, if given, its number of processes [default: 2, on a GPU 1]
     #[arg(long, value_name = "N,..", value_delimiter = ',')]
     ranks: Vec<usize>,
     /// Whose methods
@@ -59,7 +61,7 @@ pub struct Args {
     /// Chunk length of linear attention
     #[arg(long, value_name = "C")]
     chunk: Option<i64>,
-    /// Element type
+    /// Element type [default: CONFIG's; without one f32, on GPUs bf16]
     #[arg(long, value_parser = ["f32", "bf16", "f64"])]
     dtype: Option<String>,
     /// Layout of methods that name none
@@ -68,6 +70,10 @@ pub struct Args {
     /// Change another setting of the configuration; may be repeated
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
+    /// Where to compute; cuda: each rank a process with a GPU, messages by NCCL [default: cuda if CONFIG's train.device is, else
+    /// cpu]
+    #[arg(long, value_enum)]
+    device: Option<Place>,
     /// Emulate this network between ranks that are threads: ranks on a node, latency/bandwidth within and between nodes,
     /// as in node=4,intra=2us/100GB/s,inter=20us/10GB/s
     #[arg(long, value_name = "NETWORK")]
@@ -125,20 +131,27 @@ fn rounds(text: &str) -> Result<usize, String> {
 
 pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
     let options = options(&args)?;
+    let alone = if options.device.is_cuda() { 1 } else { 2 };
+    if options.device.is_cuda() {
+        gpu::in_processes(launcher, &args.ranks, "compare")?;
+    }
     let counts: Vec<Option<usize>> = match (launcher.joins_processes()?, args.ranks.as_slice()) {
         (true, []) => vec![None],
         (true, [ranks]) => vec![Some(*ranks)],
         (true, ranks) => bail!(
-            "--ranks: found {ranks:?} under an MPI launcher, expected its number of processes or nothing; start without \
-             mpirun for several numbers of ranks as threads"
+            "--ranks: found {ranks:?} under a launcher, expected its number of processes or nothing; start without \
+             one for several numbers of ranks as threads"
         ),
-        (false, []) => vec![Some(2)],
+        (false, []) => vec![Some(alone)],
         (false, ranks) => ranks.iter().copied().map(Some).collect(),
     };
     let folder = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("compare-{}", options.mixer.name())));
-    let results = Mutex::new(Results { folder, file: None, rows: vec![], threads: vec![], backend: "" });
+    let results =
+        Mutex::new(Results { folder, file: None, rows: vec![], threads: vec![], backend: "", carrier: "", gpu: None });
     for ranks in counts {
-        job::on_network(launcher, args.network.as_ref(), ranks, |world| compare(&args, &options, world, &results))?;
+        job::on_network(launcher, args.network.as_ref(), ranks, |world| {
+            compare(&args, &options, launcher, world, &results)
+        })?;
     }
     // Processes other than rank 0 have none.
     match results.into_inner() {
@@ -162,9 +175,24 @@ fn options(args: &Args) -> Result<Options> {
             Config::from_toml_str(&text, "the defaults of lasp compare", set)
         }
     };
-    let base = load(&args.set)?.model;
+    let base = load(&args.set)?;
+    let place = args.device.unwrap_or(match base.train.device {
+        DeviceKind::Cuda => Place::Cuda,
+        DeviceKind::Auto | DeviceKind::Cpu => Place::Cpu,
+    });
+    let device = match (place, args.network) {
+        (Place::Cpu, _) => Device::Cpu,
+        (Place::Cuda, Some(network)) => bail!("{}", gpu::no_network(&network)),
+        // Which one is the rank's business.
+        (Place::Cuda, None) => Device::Cuda(0),
+    };
+    let base = base.model;
     let heads = args.heads.unwrap_or(base.heads);
     let mut set = args.set.clone();
+    if args.config.is_none() && device.is_cuda() {
+        // What our kernels are for; --set and --dtype have the last word.
+        set.insert(0, "train.dtype=bf16".to_owned());
+    }
     let mut give = |key: &str, value: String| set.push(format!("{key}={value}"));
     if args.heads.is_some() || args.dim.is_some() {
         give("model.heads", heads.to_string());
@@ -200,19 +228,23 @@ fn options(args: &Args) -> Result<Options> {
         Some(text) => Method::list(text, args.mixer, layout)?,
         None => Method::all(args.mixer, layout, args.network.map(|network| network.node)),
     };
-    Ok(Options { mixer: args.mixer, mode: args.mode, methods, rounds: args.rounds, config })
+    Ok(Options { mixer: args.mixer, mode: args.mode, methods, rounds: args.rounds, device, config })
 }
 
 /// One number of ranks: collective over `world`; rank 0 prints and writes.
-fn compare(args: &Args, options: &Options, world: &Group, results: &Mutex<Results>) -> Result<()> {
-    let first = world.rank() == 0;
+fn compare(args: &Args, options: &Options, launcher: &Launcher, world: &Group, results: &Mutex<Results>) -> Result<()> {
+    let mut options = options.clone();
+    let mut world = world.clone();
+    if options.device.is_cuda() {
+        (world, options.device) = job::on_gpu(launcher, &world).context("--device cuda")?;
+    }
+    let (world, first) = (&world, world.rank() == 0);
     let lock = || results.lock().map_err(|_| anyhow::anyhow!("another rank failed"));
     // What the methods are compared in may be left open.
-    let mut options = options.clone();
     let mut config = options.config.clone();
     (config.parallel.sp, config.parallel.dp) = (world.size(), 1);
     config.train.seq_len = args.seq_lens.iter().copied().max().unwrap_or(1) as usize;
-    auto::agree(&mut config, world, false)?;
+    auto::agree(&mut config, world, options.device.is_cuda())?;
     options.config.parallel.linear_method = config.parallel.linear_method;
     options.config.parallel.softmax_method = config.parallel.softmax_method;
     // What is open among the methods is decided for each length.
@@ -220,7 +252,8 @@ fn compare(args: &Args, options: &Options, world: &Group, results: &Mutex<Result
     let of_lengths = of_lengths.collect::<Result<Vec<_>>>()?;
     let mut comparison: Option<Comparison> = None;
     if first {
-        lock()?.begin(&options, world)?;
+        let found = Found::new(launcher, world, options.device)?;
+        lock()?.begin(&options, world, found)?;
     }
     for (at, (&tokens, options)) in args.seq_lens.iter().zip(&of_lengths).enumerate() {
         let same = at > 0 && of_lengths[at - 1].methods == options.methods;
@@ -252,7 +285,8 @@ fn decided(args: &Args, options: &Options, tokens: i64, world: &Group) -> Result
     for method in options.methods.iter_mut().filter(|method| method.is_open()) {
         let mut config = options.config.clone();
         (config.train.seq_len, config.parallel.layout) = (tokens as usize, method.layout);
-        let operator = auto::Operator { kind, backward: true, gpu: false, network: args.network, option: "--methods" };
+        let gpu = options.device.is_cuda();
+        let operator = auto::Operator { kind, backward: true, gpu, network: args.network, option: "--methods" };
         method.name = operator.agree(Some(&config), world)?;
     }
     Ok(options)
@@ -265,11 +299,14 @@ struct Results {
     rows: Vec<Row>,
     /// libtorch threads of a rank, by number of ranks.
     threads: Vec<(usize, i32)>,
+    /// What started the ranks, and what carries their tensors.
     backend: &'static str,
+    carrier: &'static str,
+    gpu: Option<Found>,
 }
 
 impl Results {
-    fn begin(&mut self, options: &Options, world: &Group) -> Result<()> {
+    fn begin(&mut self, options: &Options, world: &Group, gpu: Option<Found>) -> Result<()> {
         if self.file.is_none() {
             let create = || -> std::io::Result<File> {
                 fs::create_dir_all(&self.folder)?;
@@ -278,7 +315,7 @@ impl Results {
             self.file = Some(create().with_context(|| format!("cannot write to {} (--out)", self.folder.display()))?);
             output::print(&format!("{}\n", options.about()))?;
         }
-        self.backend = world.backend();
+        (self.backend, self.carrier, self.gpu) = (world.backend(), world.backend_on(options.device), gpu);
         self.threads.push((world.size(), tch::get_num_threads()));
         Ok(())
     }
@@ -311,9 +348,10 @@ impl Results {
         let conditions = Conditions {
             about: options.about(),
             ranks: self.about_ranks(args, true),
-            machine: machine(),
-            versions: format!("lasp {}, libtorch {}", env!("CARGO_PKG_VERSION"), libtorch()),
+            machine: self.machine(),
+            versions: self.versions(),
             rounds: options.rounds,
+            device: options.device,
             // The program by its name: where it lies is nobody's business.
             command: std::iter::once("lasp".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" "),
         };
@@ -331,6 +369,16 @@ impl Results {
             "tcp" => "processes over TCP",
             _ => "threads",
         };
+        if let Some(gpu) = &self.gpu {
+            let by = if self.carrier == "nccl" { ", messages by NCCL" } else { "" };
+            return match (self.backend, gpu.ranks) {
+                ("local", _) => "one process with a GPU".to_owned(),
+                (_, 1) => format!("ranks as {kind}, a GPU each{by}"),
+                (_, n) => {
+                    format!("ranks as {kind}, {n} on one GPU, so that times say nothing of GPUs of their own{by}")
+                }
+            };
+        }
         let network = args.network.map_or_else(String::new, |network| format!(", emulated network {network}"));
         let of = |n: i32| format!("{n} libtorch thread{}", if n == 1 { "" } else { "s" });
         let last = self.threads.last().map_or(1, |(_, threads)| *threads);
@@ -346,8 +394,9 @@ impl Results {
 
     fn conditions(&self, args: &Args, options: &Options) -> Value {
         let (model, threads) = (&options.config.model, self.threads.last().map(|(_, threads)| *threads));
-        json!({
-            "backend": self.backend,
+        let mut conditions = json!({
+            "device": if self.gpu.is_some() { "cuda" } else { "cpu" },
+            "backend": self.carrier,
             "threads_per_rank": threads,
             "network": args.network.map(|network| network.to_string()),
             "rounds": options.rounds,
@@ -360,12 +409,32 @@ impl Results {
             "config": (options.mode != Mode::Operator).then_some(&options.config),
             "machine": { "cpu": benches::processor(), "cores": cores(), "memory_bytes": doctor::memory("MemTotal") },
             "versions": { "lasp": env!("CARGO_PKG_VERSION"), "libtorch": libtorch() },
-        })
+        });
+        if let Some(gpu) = &self.gpu {
+            conditions["ranks_per_gpu"] = gpu.ranks.into();
+            let (machine, versions) = (json!({ "gpu": gpu.name, "gpus": gpu.gpus }), json!(gpu.versions()));
+            for (key, more) in [("machine", machine), ("versions", versions)] {
+                if let (Some(all), Value::Object(more)) = (conditions[key].as_object_mut(), more) {
+                    all.extend(more);
+                }
+            }
+        }
+        conditions
     }
-}
 
-fn machine() -> String {
-    format!("{}, {} cores", benches::processor(), cores())
+    fn machine(&self) -> String {
+        let gpu = self.gpu.as_ref().map(|gpu| {
+            let of = if gpu.gpus > 1 { format!(", one of {} of its machine", gpu.gpus) } else { String::new() };
+            format!("{}{of}; ", gpu.name)
+        });
+        format!("{}{}, {} cores", gpu.unwrap_or_default(), benches::processor(), cores())
+    }
+
+    fn versions(&self) -> String {
+        let gpu = self.gpu.iter().flat_map(Found::versions);
+        let gpu: String = gpu.map(|(name, version)| format!(", {name} {version}")).collect();
+        format!("lasp {}, libtorch {}{gpu}", env!("CARGO_PKG_VERSION"), libtorch())
+    }
 }
 
 fn libtorch() -> String {

@@ -9,6 +9,7 @@ use anyhow::Result;
 use collectives::nccl::{Library, SHARES_GPUS};
 use serde_json::{Value, json};
 
+use crate::gpu;
 use crate::identity::cores;
 use crate::output::{self, bytes, table};
 
@@ -33,6 +34,8 @@ struct Finding {
 }
 
 pub fn run(args: Args) -> Result<()> {
+    // If it cannot be opened, `nccl` says so.
+    let _ = gpu::open_named_nccl();
     let libtorch = libtorch();
     let driver = driver();
     let findings = [
@@ -158,7 +161,7 @@ fn mpi() -> Finding {
 }
 
 /// The version of the NVIDIA driver, or where its library is.
-fn driver() -> Option<String> {
+pub fn driver() -> Option<String> {
     if let Ok(text) = fs::read_to_string("/proc/driver/nvidia/version") {
         let digits = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
         return Some(text.split_whitespace().find(digits).unwrap_or("version unknown").to_owned());

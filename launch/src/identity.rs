@@ -107,6 +107,15 @@ impl Launcher {
         }
     }
 
+    /// Number of processes on this node, where the launcher tells.
+    pub fn on_node(&self) -> Option<usize> {
+        match self {
+            Launcher::Mpi { on_node, .. } => *on_node,
+            Launcher::Tcp(peer) => peer.on_node,
+            Launcher::None => None,
+        }
+    }
+
     /// This process's place among those of its node, where the launcher tells: which GPU is its own.
     pub fn local(&self) -> Option<usize> {
         match self {

@@ -1,17 +1,16 @@
 //! Runs a command's body once on every rank: in this process under a launcher, else on threads.
 
 use std::env;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use collectives::local::{self, Network};
 use collectives::{Group, nccl, tcp};
-use tch::{Cuda, Device};
+use tch::Device;
 
-use crate::failure;
 use crate::identity::{Launcher, Peer};
+use crate::{failure, gpu};
 
 /// For all processes of a job to come.
 const JOINING: Duration = Duration::from_secs(300);
@@ -114,12 +113,9 @@ fn counted(world: &Group, ranks: Option<usize>) -> Result<()> {
 ///
 /// A rank alone needs no NCCL; of several each should have a GPU of its own.
 pub fn on_gpu(launcher: &Launcher, world: &Group) -> Result<(Group, Device)> {
-    let named = env::var_os("LASP_NCCL").map(PathBuf::from);
-    if let Some(path) = &named {
-        nccl::Library::open(Some(path))?;
-    }
+    gpu::open_named_nccl()?;
     kernels::bridge::open_cuda().map_err(|error| anyhow!("{error}; see lasp doctor"))?;
-    let gpus = usize::try_from(Cuda::device_count()).unwrap_or(0);
+    let gpus = gpu::count();
     if gpus == 0 {
         bail!("libtorch sees no GPU here; see lasp doctor");
     }

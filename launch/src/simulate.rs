@@ -30,6 +30,9 @@ pub struct Args {
     /// Tokens of the sequence, likewise; K and M are 1024 and 1024^2
     #[arg(long, value_name = "N..M", default_value = "64K..4096K")]
     seq_lens: String,
+    /// Lengths of the documents packed into a sequence, likewise, one after the other and again until it ends [default: one document]
+    #[arg(long, value_name = "N..M")]
+    documents: Option<String>,
     /// Groups of GPUs, each with sequences of its own
     #[arg(long, value_name = "N", default_value_t = 1)]
     dp: usize,
@@ -64,6 +67,7 @@ A step is one sequence on all GPUs (or one of each group: --dp, --batch), forwar
   exposed   what the step would be shorter by if communication took no time
   waited    time that GPUs stand still for others, communication and imbalance; mean
   received  by the exchanges of layers, of a GPU; mean
+  messages  collectives, sends and receives of a GPU for layers; mean
   state     weights, gradients, optimizer
   kept      activations kept for backward
   other     logits, what is gathered from other GPUs, what libraries hold
@@ -83,11 +87,12 @@ pub fn run(args: Args) -> Result<()> {
     let gpus = sweep::numbers("--gpus", &args.gpus)?;
     let seq_lens = sweep::numbers("--seq-lens", &args.seq_lens)?;
     let groups = Groups { dp: args.dp, batch: args.batch.unwrap_or(args.dp) };
-    let points = sweep::sweep(&machine, &config, &methods, &gpus, &seq_lens, groups);
+    let documents = args.documents.as_deref().map_or(Ok(vec![]), |text| sweep::numbers("--documents", text))?;
+    let points = sweep::sweep(&machine, &config, &methods, &gpus, &seq_lens, groups, &documents);
     if let (true, Some(Err(refused))) = (points.iter().all(Result::is_err), points.first()) {
         bail!("{}: {}", refused.method, refused.reason);
     }
-    output::print(&if args.json { lines(&points)? } else { show(&points) })
+    output::print(&if args.json { lines(&points)? } else { show(&points, &config) })
 }
 
 fn published(args: &Args) -> Result<()> {
@@ -168,10 +173,10 @@ fn lines(points: &[Result<Prediction, Refused>]) -> Result<String> {
     Ok(text)
 }
 
-fn show(points: &[Result<Prediction, Refused>]) -> String {
+fn show(points: &[Result<Prediction, Refused>], config: &Config) -> String {
     let head = [
-        "tokens", "GPUs", "method", "step", "tokens/s", "a GPU", "exposed", "waited", "received", "state", "kept",
-        "other", "memory", "",
+        "tokens", "GPUs", "method", "step", "tokens/s", "a GPU", "exposed", "waited", "received", "messages", "state",
+        "kept", "other", "memory", "",
     ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     let mut reasons: Vec<&str> = Vec::new();
@@ -186,13 +191,21 @@ fn show(points: &[Result<Prediction, Refused>]) -> String {
             }
         });
     }
-    let notes: String = reasons.iter().map(|reason| format!("- {reason}\n")).collect();
-    table("rrlrrrrrrrrrrl", &rows) + &notes
+    let mut notes: String = reasons.iter().map(|reason| format!("- {reason}\n")).collect();
+    if points.iter().flatten().any(|point| point.at_most) {
+        let decay = format!("{:?}", config.model.decay).to_lowercase();
+        notes += &format!(
+            "- at most: model.decay = {decay} depends on the data, so nobody can tell beforehand how far back a truncated scan listens; \
+             it is counted as if no state died\n"
+        );
+    }
+    table("rrlrrrrrrrrrrrl", &rows) + &notes
 }
 
 fn row(p: &Prediction) -> Vec<String> {
     let m = &p.memory;
     let amount = |amount: f64| bytes(amount as u64);
+    let at_most = |text: String| if p.at_most { format!("at most {text}") } else { text };
     vec![
         in_k(p.seq_len),
         p.gpus.to_string(),
@@ -202,7 +215,8 @@ fn row(p: &Prediction) -> Vec<String> {
         grouped(p.tokens_per_s_per_gpu as u64),
         seconds(p.exposed_s),
         seconds(p.waited_s),
-        amount(p.received),
+        at_most(amount(p.received)),
+        at_most(format!("{:.0}", p.messages)),
         amount(m.weights + m.gradients + m.optimizer),
         amount(m.activations),
         amount(m.logits + m.gathered + m.reserved),

@@ -51,6 +51,11 @@ fn check(row: &Value, ranks: usize, tokens: i64) {
     }
     assert_eq!(row["options"]["heads"], 2);
     assert!(row["machine"]["cores"].as_u64() > Some(0) && row["versions"]["lasp"].is_string(), "{row}");
+    let gpu = row["device"] == "cuda";
+    assert!(gpu || row["device"] == "cpu", "{row}");
+    for (part, key) in [("machine", "gpu"), ("versions", "driver")] {
+        assert_eq!(row[part][key].is_string(), gpu, "{part}.{key}: {row}");
+    }
 }
 
 fn labels(rows: &[Value]) -> Vec<&str> {
@@ -130,8 +135,7 @@ fn processes_of_mpirun_are_compared_too() {
         assert_eq!(row["backend"], "mpi");
     }
     assert!(fs::read_to_string(folder.path().join("report.html")).unwrap().contains("processes under MPI"));
-    compare(Ranks::Mpi(2), folder.path(), "--seq-lens 300 --ranks 1,2")
-        .fails_with(&["found [1, 2] under an MPI launcher"]);
+    compare(Ranks::Mpi(2), folder.path(), "--seq-lens 300 --ranks 1,2").fails_with(&["found [1, 2] under a launcher"]);
 }
 
 #[test]
@@ -186,6 +190,65 @@ fn a_method_that_cannot_run_is_a_reason_or_an_error() {
     fails("--mixer softmax --decay token", &["--decay: softmax attention has none"]);
     fails("--seq-lens 0", &["expected a number of tokens above 0"]);
     fails("--chunk 0", &["model.chunk"]);
+}
+
+#[test]
+fn what_a_gpu_cannot_do_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let fails = |arguments: &str, words: &[&str]| {
+        let mut command = command(Ranks::Threads(1));
+        run(command.arg("compare").args(arguments.split(' ')).arg("--out").arg(folder.path())).fails_with(words);
+    };
+    let network = "--network node=2,intra=1us/10GB/s,inter=20ms/10GB/s";
+    for device in ["--device cuda", "--set train.device=cuda"] {
+        fails(&format!("{device} --ranks 1,2"), &["2 ranks as threads", "mpirun -n 2 lasp compare", "torchrun"]);
+        fails(&format!("{device} {network}"), &["--network: found node=2", "--device cuda", "threads on the CPU"]);
+    }
+    fails("--device gpu", &["possible values: cpu, cuda"]);
+    if kernels::cuda::devices() > 0 {
+        println!("not tested: there is a GPU");
+    } else {
+        fails("--device cuda", &["--device cuda: ", "see lasp doctor"]);
+        assert!(!folder.path().join("results.jsonl").exists(), "nothing was measured");
+    }
+}
+
+#[test]
+fn one_rank_on_a_gpu() {
+    if kernels::testing::cuda().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for (mixer, methods) in [("linear", "lasp2,lasp1,ring_left_product"), ("softmax", "lasp2h,ring zigzag")] {
+        for mode in ["operator", "layer", "train"] {
+            let mut command = command(Ranks::Threads(1));
+            command.args([
+                "compare",
+                "--device",
+                "cuda",
+                "--heads",
+                "2",
+                "--kv-heads",
+                "1",
+                "--dim",
+                "64",
+                "--rounds",
+                "3",
+            ]);
+            command.args(["--mixer", mixer, "--methods", methods, "--mode", mode, "--seq-lens", "300"]);
+            let ran = run(command.arg("--out").arg(folder.path())).succeeds();
+            assert!(ran.out.contains("one process with a GPU") && ran.out.contains("bf16"), "{}", ran.out);
+            let rows = rows(folder.path());
+            assert_eq!(rows.len(), methods.split(',').count());
+            for row in &rows {
+                check(row, 1, 300);
+                assert_eq!((&row["device"], &row["options"]["dtype"]), (&"cuda".into(), &"bf16".into()));
+                assert!(row["memory"]["added"].as_u64() > Some(0), "{row}");
+            }
+            let html = fs::read_to_string(folder.path().join("report.html")).unwrap();
+            assert!(html.contains("NVIDIA") && html.contains("of the GPU's streams"), "the report says where");
+        }
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::process::{Command, Output};
 
+use benches::simulate::Machine;
 use serde_json::Value;
 
 const CONFIG: &str =
@@ -43,6 +44,85 @@ fn every_combination_is_a_line() {
 }
 
 #[test]
+fn documents_are_packed_into_sequences() {
+    let of = |documents: &str| {
+        let of = format!("--gpus 8 --seq-lens 256K --methods lasp2+lasp2h@contiguous{documents}");
+        let points = points(&of);
+        let number = |key: &str| points[0][key].as_f64().unwrap();
+        ["documents", "step_s", "waited_s", "messages"].map(number)
+    };
+    let [documents, step, waited, messages] = of("");
+    assert_eq!(documents, 1.0);
+    let packed = of(" --documents 4K");
+    assert_eq!(packed[0], 64.0);
+    assert!(packed[1] < step && packed[2] < 0.2 * waited, "{packed:?} {step} {waited}");
+    // States of the three linear layers do not travel; the softmax layer's two KV heads do, twice, and the sums of their gradients.
+    assert_eq!((messages, packed[3]), (3.0 * 2.0 + 6.0, 6.0));
+    // One length after the other and again, the last one cut: four times 8K, 16K and 32K, then 8K, 16K and 8K of 32K.
+    assert_eq!(of(" --documents 8K..32K")[0], 15.0);
+    assert_eq!(of(" --documents 1M"), [documents, step, waited, messages]);
+}
+
+#[test]
+fn kernels_of_one_kind_are_measured_anew() {
+    let preset = include_str!("../../benches/src/simulate/machines/epyc-2core.toml");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("machine.toml");
+    std::fs::write(&path, preset).unwrap();
+    let calibrate = |kind: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lasp"));
+        command.current_dir(&folder).args(["calibrate", "--quick", "--only", kind]).output().unwrap()
+    };
+    let output = calibrate("copies");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let (before, after) =
+        (Machine::from_toml(preset, "preset").unwrap(), Machine::load(path.to_str().unwrap()).unwrap());
+    let kernels = |machine: &Machine| machine.host.as_ref().unwrap().kernels.clone();
+    let measured = ["copy", "add", "join"];
+    let mut changed = 0;
+    for (old, new) in kernels(&before).into_iter().zip(kernels(&after)) {
+        assert_eq!((&old.name, old.threads), (&new.name, new.threads));
+        if measured.contains(&old.name.as_str()) && new.at.len() == 2 {
+            changed += 1;
+        } else {
+            assert_eq!(old, new);
+        }
+    }
+    assert!(changed >= measured.len(), "{changed}");
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(text.lines().next(), preset.lines().next());
+    // What is known of the machine otherwise must be there already.
+    std::fs::remove_file(&path).unwrap();
+    let stderr = String::from_utf8_lossy(&calibrate("copies").stderr).into_owned();
+    assert!(stderr.contains("cannot read machine.toml (--out with --only)"), "{stderr}");
+}
+
+#[test]
+fn a_truncated_scan_says_when_nobody_knows_its_reach() {
+    let table = |decay: &str| {
+        let set = format!("model.decay={decay}");
+        let output = simulate(&[
+            "--model",
+            "model.toml",
+            "--gpus",
+            "8",
+            "--seq-lens",
+            "1M",
+            "--methods",
+            "lasp2:truncate",
+            "--set",
+            &set,
+        ]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let note =
+        "model.decay = token depends on the data, so nobody can tell beforehand how far back a truncated scan listens";
+    assert!(table("token").contains(note) && table("token").contains("at most"), "{}", table("token"));
+    assert!(!table("retention").contains("at most"), "{}", table("retention"));
+}
+
+#[test]
 fn a_machine_may_be_a_file() {
     let points = points("--machine small.toml --gpus 8 --seq-lens 64K,16M --methods lasp2");
     let flags: Vec<bool> = points.iter().map(|point| point["out_of_memory"].as_bool().unwrap()).collect();
@@ -56,6 +136,7 @@ fn what_is_wrong_is_said() {
         (vec!["--model", "model.toml", "--machine", "typo.toml"], "unknown field `capacity`"),
         (vec!["--model", "model.toml", "--methods", "lasp3"], "all_scan:blocks=N"),
         (vec!["--model", "model.toml", "--gpus", "8..4"], "--gpus: found `8..4`"),
+        (vec!["--model", "model.toml", "--documents", "4K,none"], "--documents: found `none`"),
         (vec!["--model", "model.toml", "--gpus", "16", "--methods", "ulysses"], "8 heads, 16 GPUs"),
     ] {
         let output = simulate(&arguments);

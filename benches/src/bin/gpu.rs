@@ -90,25 +90,37 @@ fn check(o: &Options, decay: &str) -> Result<()> {
     Ok(())
 }
 
-fn time(o: &Options, cache: &mut Tensor, body: impl Fn() -> Result<()>) -> Result<Timing> {
-    let watch = Stopwatch::new(DEVICE)?;
-    let mut times = Vec::with_capacity(o.runs);
-    for run in 0..o.runs + 3 {
-        let _ = cache.zero_();
-        let ms = watch.time::<anyhow::Error>(&body)?;
-        if run >= 3 {
-            times.push(ms);
-        }
-    }
-    Ok(Timing::of(times))
+/// What times every body, each run of it from an L2 cache full of something else.
+struct Clock {
+    watch: Stopwatch,
+    cache: Tensor,
+    runs: usize,
 }
 
-/// Bytes a second that a copy inside the GPU reads and writes.
-fn memory_rate(o: &Options, cache: &mut Tensor) -> Result<f64> {
-    let from = Tensor::f_zeros([1 << 30], (Kind::Uint8, DEVICE))?;
-    let to = from.f_zeros_like()?;
-    let copy = time(o, cache, || Ok(to.shallow_clone().f_copy_(&from)?))?;
-    Ok(2.0 * f64::from(1 << 30) / copy.median_ms * 1e3)
+impl Clock {
+    fn new(runs: usize) -> Result<Self> {
+        Ok(Self { watch: Stopwatch::new(DEVICE)?, cache: Tensor::f_zeros([CACHE], (Kind::Uint8, DEVICE))?, runs })
+    }
+
+    fn time(&mut self, body: impl Fn() -> Result<()>) -> Result<Timing> {
+        let mut times = Vec::with_capacity(self.runs);
+        for run in 0..self.runs + 3 {
+            let _ = self.cache.zero_();
+            let ms = self.watch.time::<anyhow::Error>(&body)?;
+            if run >= 3 {
+                times.push(ms);
+            }
+        }
+        Ok(Timing::of(times))
+    }
+
+    /// Bytes a second that a copy inside the GPU reads and writes.
+    fn memory_rate(&mut self) -> Result<f64> {
+        let from = Tensor::f_zeros([1 << 30], (Kind::Uint8, DEVICE))?;
+        let to = from.f_zeros_like()?;
+        let copy = self.time(|| Ok(to.shallow_clone().f_copy_(&from)?))?;
+        Ok(2.0 * f64::from(1 << 30) / copy.median_ms * 1e3)
+    }
 }
 
 fn main() -> Result<()> {
@@ -116,15 +128,15 @@ fn main() -> Result<()> {
     kernels::bridge::open_cuda().context("not measured: no CUDA device")?;
     ensure!(o.runs > 0 && tch::Cuda::is_available(), "not measured: no CUDA device");
     let _guard = tch::no_grad_guard();
-    let mut cache = Tensor::f_zeros([CACHE], (Kind::Uint8, DEVICE))?;
-    let rate = memory_rate(&o, &mut cache)?;
+    let mut clock = Clock::new(o.runs)?;
+    let rate = clock.memory_rate()?;
     for decay in &o.decays {
         check(&o, decay)?;
         for &tokens in &o.tokens {
             let x = inputs(&o, tokens, decay)?;
             let (mixer, d_o) = (mixer(64, scale(&o))?, x.v.f_randn_like()?);
-            let forward = time(&o, &mut cache, || step(mixer.as_ref(), &x, None).map(drop))?;
-            let both = time(&o, &mut cache, || step(mixer.as_ref(), &x, Some(&d_o)).map(drop))?;
+            let forward = clock.time(|| step(mixer.as_ref(), &x, None).map(drop))?;
+            let both = clock.time(|| step(mixer.as_ref(), &x, Some(&d_o)).map(drop))?;
             let before = kernels::bridge::device_memory(0)?.now;
             kernels::bridge::reset_peak_memory(0)?;
             drop(step(mixer.as_ref(), &x, Some(&d_o))?);

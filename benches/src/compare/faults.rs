@@ -7,7 +7,7 @@ use collectives::{Mesh, local};
 use runtime::config::{Config, LayoutKind};
 use runtime::sequence::attention::{Attention, Forward, Grads, Inputs, Lasp2h, Saved};
 use runtime::sequence::{self, LayerSizes, Plan, Shard, Traffic};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::method::{Entrant, Method};
 use super::{Mixer, Mode, Options, measure, parity};
@@ -51,6 +51,7 @@ fn errors(fault: Faulty) -> Vec<String> {
         mode: Mode::Operator,
         methods: Method::list("lasp2h", Mixer::Softmax, LayoutKind::Contiguous).unwrap(),
         rounds: 1,
+        device: Device::Cpu,
         config: Config::from_toml_str(sizes, "sizes", &[]).unwrap(),
     };
     let compare = |world: collectives::Group| -> Result<String> {

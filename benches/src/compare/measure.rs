@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use collectives::{Group, Mesh};
+use tch::Device;
 
 use super::exchange::gather;
 use super::lanes::{self, Counts, Lanes, Phase};
@@ -12,11 +13,15 @@ use super::memory::{self, Memory};
 use super::method::Entrant;
 use super::row::{Measured, Row};
 use super::traffic::{Bound, Expected, expected};
-use super::work::{self, Work};
+use super::work::{self, Scene, Work};
 use super::{Mode, Options};
-use crate::Timing;
+use crate::{Timing, settle};
 
-const WARM_UP: usize = 2;
+/// Rounds before those that count. On a GPU kernels are compiled in them, libraries try their variants, communicators come
+/// about, and the clock rises.
+pub(super) fn warm_up(device: Device) -> usize {
+    if device.is_cuda() { 5 } else { 2 }
+}
 
 /// A method at work, and what its rounds gave on this rank.
 struct Contender<'a> {
@@ -36,36 +41,40 @@ pub(super) fn rows(
     tokens: i64,
     announce: &dyn Fn(Duration),
 ) -> Result<Vec<Row>> {
-    let world = &mesh.world;
-    let mut contenders = Vec::new();
+    let (world, device, warm_up) = (&mesh.world, options.device, warm_up(options.device));
+    let (mut contenders, mut scene) = (Vec::new(), Scene::new(options, mesh, tokens));
+    let what = |entrant: &Entrant| {
+        let plural = if world.size() == 1 { "" } else { "s" };
+        format!("{}, {} rank{plural}, {tokens} tokens", entrant.method.label(), world.size())
+    };
     for entrant in entrants.iter().filter(|entrant| entrant.refused.is_none()) {
         let plan = work::plan(mesh, entrant.method.layout, tokens)?;
         let expected = expected(options, entrant, &plan);
-        let work = work::new(options, mesh, entrant, tokens)?;
+        let work = named(scene.work(entrant), || what(entrant))?;
         contenders.push(Contender { entrant, work, expected, rounds: vec![], memory: None });
     }
     let count = contenders.len();
     let mut started = Instant::now();
-    for round in 0..WARM_UP + options.rounds {
-        if round + 1 == WARM_UP {
+    for round in 0..warm_up + options.rounds {
+        if round + 1 == warm_up {
             started = Instant::now();
-        } else if round == WARM_UP {
+        } else if round == warm_up {
             // Memory takes one more.
             announce(started.elapsed() * (options.rounds as u32 + 1));
         }
         for turn in 0..count {
             let contender = &mut contenders[(round + turn) % count];
-            let name = || format!("{}, {} ranks, {tokens} tokens", contender.entrant.method.label(), world.size());
-            let phases = step(world, contender.work.as_mut())?;
-            check(&name(), contender.work.phases(), world, &contender.expected, &phases)?;
-            if round >= WARM_UP {
+            let phases = named(step(world, device, contender.work.as_mut()), || what(contender.entrant))?;
+            let phases_of = contender.work.phases();
+            check(&what(contender.entrant), phases_of, world, &contender.expected, &phases)?;
+            if round >= warm_up {
                 contender.rounds.push(phases);
             }
         }
     }
     for contender in &mut contenders {
         let work = contender.work.as_mut();
-        contender.memory = memory::of_step(world, || {
+        contender.memory = memory::of_step(world, device, || {
             (0..work.phases().len()).try_for_each(|phase| work.run(phase))?;
             work.tidy()
         })?;
@@ -92,16 +101,30 @@ pub(super) fn rows(
     Ok(rows)
 }
 
-/// One step, each phase from a barrier.
-fn step(world: &Group, work: &mut dyn Work) -> Result<Vec<(Counts, Phase)>> {
+/// An error says in what it happened and, where memory has run out, what can be done.
+fn named<T>(result: Result<T>, what: impl FnOnce() -> String) -> Result<T> {
+    result.map_err(|error| {
+        let hint = match format!("{error:#}").contains("out of memory") {
+            true => " need more memory than there is: shorten --seq-lens, or leave the method out (--methods)",
+            false => "",
+        };
+        error.context(format!("{}{hint}", what()))
+    })
+}
+
+/// One step, each phase from a barrier until the device is through with it.
+fn step(world: &Group, device: Device, work: &mut dyn Work) -> Result<Vec<(Counts, Phase)>> {
     let recorder = world.recorder();
     let mut phases = Vec::with_capacity(work.phases().len());
     for phase in 0..work.phases().len() {
+        settle(device);
         world.barrier()?.wait()?;
         recorder.clear();
         let start = recorder.now();
         work.run(phase)?;
+        settle(device);
         let end = recorder.now();
+        recorder.settle();
         phases.push(lanes::read(recorder, start, end));
     }
     work.tidy()?;
@@ -176,4 +199,26 @@ fn measured(options: &Options, world: &Group, tokens: i64, contender: Contender)
         hidden: (communication > 0).then_some(hidden),
         lanes: Some(lanes),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_say_where_and_what_helps() {
+        let error = |text: &'static str| {
+            format!(
+                "{:#}",
+                named::<()>(Err(anyhow::anyhow!(text)), || "ring, 2 ranks, 9 tokens".to_owned()).unwrap_err()
+            )
+        };
+        assert_eq!(error("no"), "ring, 2 ranks, 9 tokens: no");
+        let found = error("CUDA out of memory. Tried to allocate 20.00 GiB");
+        assert!(
+            found.starts_with("ring, 2 ranks, 9 tokens need more memory than there is: shorten --seq-lens"),
+            "{found}"
+        );
+        assert!(found.ends_with(": CUDA out of memory. Tried to allocate 20.00 GiB"), "{found}");
+    }
 }

@@ -26,6 +26,7 @@ use anyhow::{Result, bail};
 use collectives::{Group, Mesh};
 use runtime::config::{Config, DecayKind, LayerKind};
 use serde::{Deserialize, Serialize};
+use tch::Device;
 
 pub use lanes::Lanes;
 pub use method::Method;
@@ -94,6 +95,8 @@ pub struct Options {
     pub methods: Vec<Method>,
     /// Timed rounds of each method, at least 1.
     pub rounds: usize,
+    /// Where this rank computes.
+    pub device: Device,
     /// The sizes: `[model]` and `train.dtype`; for training everything but the mesh, the length, the layout and the method.
     pub config: Config,
 }

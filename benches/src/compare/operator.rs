@@ -4,8 +4,7 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use kernels::linear::Inputs;
-use kernels::linear::chunkwise::Chunkwise;
+use kernels::linear::{self as kernel, Inputs, StateMixer};
 use runtime::sequence::{LinearMethod, Shard, attention, left_product, linear};
 use tch::Tensor;
 
@@ -32,7 +31,7 @@ pub(super) struct Operator {
 }
 
 enum Kernel {
-    Linear { mixer: Chunkwise, x: Inputs, scale: f64 },
+    Linear { mixer: Arc<dyn StateMixer>, x: Inputs, scale: f64 },
     Softmax(attention::Inputs),
 }
 
@@ -53,7 +52,7 @@ impl Operator {
         let scale = scale(x.q.size()[3]);
         let kernel = match options.mixer {
             Mixer::Linear => {
-                let mixer = Chunkwise::new(options.config.model.chunk, scale)?;
+                let mixer = kernel::mixer(options.config.model.chunk, scale)?;
                 let mut inputs = Inputs::new(&x.q, &x.k, &x.v, x.log_decay.as_ref())?;
                 inputs.decay_grad = decay_grad && x.log_decay.is_some();
                 Kernel::Linear { mixer, x: inputs, scale }
@@ -66,7 +65,7 @@ impl Operator {
     pub fn forward(&mut self) -> Result<&Tensor> {
         let (o, saved) = match (&self.kernel, &self.shard.linear) {
             (Kernel::Linear { mixer, x, .. }, LinearMethod::Scan(_)) => {
-                let forward = linear::forward(&self.shard, mixer, x.shallow_clone(), None)?;
+                let forward = linear::forward(&self.shard, mixer.as_ref(), x.shallow_clone(), None)?;
                 (forward.o, Saved::Scan(forward.saved))
             }
             (Kernel::Linear { x, scale, .. }, LinearMethod::LeftProduct(method)) => {
@@ -85,7 +84,7 @@ impl Operator {
     pub fn backward(&mut self) -> Result<Grads> {
         let grads = match (self.saved.take(), &self.kernel, &self.shard.linear) {
             (Some(Saved::Scan(saved)), Kernel::Linear { mixer, .. }, _) => {
-                linear::backward(&self.shard, mixer, saved, &self.d_o)?.grads
+                linear::backward(&self.shard, mixer.as_ref(), saved, &self.d_o)?.grads
             }
             (Some(Saved::LeftProduct(saved)), _, LinearMethod::LeftProduct(method)) => {
                 method.backward(&self.shard, saved, &self.d_o)?

@@ -9,7 +9,7 @@ use kernels::softmax::{Tile, oracle};
 use kernels::testing::{relative_rms, rms};
 use runtime::sequence::{Layout, Plan};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::exchange::gather;
 use super::inputs::Tokens;
@@ -17,11 +17,28 @@ use super::method::Entrant;
 use super::operator::{Operator, scale};
 use super::{Mixer, Options};
 
-const TOKENS: i64 = 101;
-/// Boundaries of documents that cross ranks, are of one token, and are empty.
-const DOCUMENTS: [i64; 6] = [0, 37, 38, 38, 78, 101];
-/// K = V at most; wider heads add time and nothing else.
-const WIDEST: i64 = 32;
+/// The sequence.
+struct Short {
+    /// Boundaries of documents that cross ranks, are of one token, and are empty.
+    documents: [i64; 6],
+    /// K = V at most.
+    widest: i64,
+}
+
+impl Short {
+    fn on(device: Device) -> Short {
+        match device {
+            // Each width of a head has kernels of its own there, and a segment is to be several of their chunks.
+            Device::Cuda(_) => Short { documents: [0, 137, 138, 138, 390, 517], widest: i64::MAX },
+            // Wider heads add time and nothing else.
+            _ => Short { documents: [0, 37, 38, 38, 78, 101], widest: 32 },
+        }
+    }
+
+    fn tokens(&self) -> i64 {
+        self.documents[5]
+    }
+}
 
 /// What one rank found.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,11 +53,16 @@ struct Found {
 
 /// An error that names method, tensor and rank where one is off; the same on every rank. Collective.
 pub(super) fn check(options: &Options, group: &Group, entrants: &[Entrant]) -> Result<()> {
+    check_on(&Short::on(options.device), options, group, entrants)
+}
+
+fn check_on(short: &Short, options: &Options, group: &Group, entrants: &[Entrant]) -> Result<()> {
     let mut found = Vec::new();
-    for cu_seqlens in [&[0, TOKENS][..], &DOCUMENTS] {
-        let truth = Truth::new(options, cu_seqlens)?;
+    for cu_seqlens in [&[0, short.tokens()][..], &short.documents] {
+        let truth = Truth::new(options, short, cu_seqlens)?;
         for entrant in entrants.iter().filter(|entrant| entrant.refused.is_none()) {
-            found.extend(compare(options, group, entrant, &truth)?);
+            let compared = compare(options, group, entrant, &truth);
+            found.extend(compared.with_context(|| format!("{} against the f64 oracle", entrant.method.label()))?);
         }
     }
     for (rank, found) in gather(group, &found)?.into_iter().enumerate() {
@@ -48,12 +70,13 @@ pub(super) fn check(options: &Options, group: &Group, entrants: &[Entrant]) -> R
         if let Some(off) = found.iter().find(|f| f.error > f.tolerance || f.error.is_nan()) {
             bail!(
                 "{}: {} on rank {rank} of {} differs from the f64 oracle: relative RMS error {:.2e}, expected at most {:.0e} \
-                 ({TOKENS} tokens, {} documents); so there are no figures",
+                 ({} tokens, {} documents); so there are no figures",
                 off.method,
                 off.tensor,
                 group.size(),
                 off.error,
                 off.tolerance,
+                short.tokens(),
                 off.documents
             );
         }
@@ -70,9 +93,9 @@ struct Truth {
 }
 
 impl Truth {
-    fn new(options: &Options, cu_seqlens: &[i64]) -> Result<Self> {
-        let dim = options.config.model.head_dim().min(WIDEST);
-        let x = Tokens::new(std::slice::from_ref(&(0..TOKENS)), options, dim)?;
+    fn new(options: &Options, short: &Short, cu_seqlens: &[i64]) -> Result<Self> {
+        let dim = options.config.model.head_dim().min(short.widest);
+        let x = Tokens::new(std::slice::from_ref(&(0..short.tokens())), options, dim)?;
         let tensors = truth(options.mixer, &x, cu_seqlens)?;
         let tolerance = match x.q.kind() {
             Kind::Double => 1e-10,
@@ -105,7 +128,8 @@ fn truth(mixer: Mixer, x: &Tokens, cu_seqlens: &[i64]) -> Result<Vec<(&'static s
 }
 
 fn compare(options: &Options, group: &Group, entrant: &Entrant, truth: &Truth) -> Result<Vec<Found>> {
-    let layout = Layout::new(entrant.method.layout, TOKENS, group.size())?;
+    let tokens = truth.cu_seqlens.last().copied().unwrap_or(0);
+    let layout = Layout::new(entrant.method.layout, tokens, group.size())?;
     let plan = Plan::new(layout, Some(&truth.cu_seqlens), group.rank())?;
     let x = Tokens::of_rank(&plan, options, truth.dim)?;
     let mut operator = Operator::new(entrant.shard(group, plan.clone()), options, x, true)?;
@@ -166,7 +190,44 @@ fn naive_error(mixer: Mixer, x: &Tokens) -> Result<f64> {
         d_o: x.d_o.shallow_clone(),
         log_decay: None,
     };
-    let truth = truth(mixer, &undecayed, &[0, TOKENS])?;
+    let truth = truth(mixer, &undecayed, &[0, x.q.size()[1]])?;
     let errors = ours.iter().zip(&truth).map(|(ours, (_, truth))| relative_rms(ours, truth));
     errors.reduce(f64::max).context("no tensors")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use collectives::local;
+    use runtime::config::{Config, LayoutKind};
+
+    use crate::compare::{Method, Mode};
+
+    /// Wider heads and longer segments leave the tolerances as far away.
+    #[test]
+    fn the_sequence_for_gpus_agrees_on_cpus_too() {
+        for (mixer, name, decay, dtype) in [
+            (Mixer::Linear, "lasp2", "lightning", "bf16"),
+            (Mixer::Linear, "lasp2", "token", "f32"),
+            (Mixer::Linear, "lasp2", "token", "bf16"),
+            (Mixer::Softmax, "lasp2h", "none", "bf16"),
+        ] {
+            let text = format!(
+                "[model]\nheads = 2\nkv_heads = 1\ndim = 256\ndecay = \"{decay}\"\n[train]\ndtype = \"{dtype}\"\n"
+            );
+            let options = Options {
+                mixer,
+                mode: Mode::Operator,
+                methods: Method::list(name, mixer, LayoutKind::Zigzag).unwrap(),
+                rounds: 1,
+                device: Device::Cpu,
+                config: Config::from_toml_str(&text, "sizes", &[]).unwrap(),
+            };
+            let checked = local::run(2, |group| -> Result<()> {
+                let entrants = [Entrant::new(&options.methods[0], &options, &group)?];
+                check_on(&Short::on(Device::Cuda(0)), &options, &group, &entrants)
+            });
+            checked.unwrap_or_else(|error| panic!("{name}, decay {decay}, {dtype}: {error:#}"));
+        }
+    }
 }

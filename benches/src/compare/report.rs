@@ -6,10 +6,11 @@ use std::borrow::Cow;
 use runtime::metrics::format_si;
 use runtime::report::chart::{Axis, Chart, Mark, Scale, Series};
 use runtime::report::{Head, compact, document, escape, headline};
+use tch::Device;
 
 use super::row::{Measured, Row};
 use super::table::{self, Table, bytes, grouped};
-use super::{Mixer, Mode, timeline};
+use super::{Mixer, Mode, measure, timeline};
 
 /// What the rows do not say.
 pub struct Conditions {
@@ -21,6 +22,8 @@ pub struct Conditions {
     pub machine: String,
     pub versions: String,
     pub rounds: usize,
+    /// What ranks computed on; which of several GPUs does not matter.
+    pub device: Device,
     /// The command line.
     pub command: String,
 }
@@ -47,20 +50,26 @@ pub fn html(rows: &[Row], conditions: &Conditions) -> String {
     }
     body += "</section>\n";
     let title_of_step = format!("One step on {} at {} tokens", ranks(most), grouped(longest));
-    let note = "The step of median duration. Each phase starts at a barrier, from which the clocks of the ranks count. \
-                Communication is drawn from when the rank's progress thread takes it up until its result is there; for a \
-                receive that includes the time until its sender sends.";
-    body += &timeline::render(&at_end, &title_of_step, note);
+    let drawn = match conditions.device.is_cuda() {
+        true => "Computing, waiting and communication are those of the GPU's streams, by its events",
+        false => "Communication is drawn from when the rank's progress thread takes it up until its result is there",
+    };
+    let note = format!(
+        "The step of median duration. Each phase starts at a barrier, from which the clocks of the ranks count. {drawn}; for a \
+         receive that includes the time until its sender sends."
+    );
+    body += &timeline::render(&at_end, &title_of_step, &note);
     body += &results(rows);
     body += &format!(
-        "<details><summary>Conditions</summary><pre>{}\n{}\n{}\n{}\n{}\n{} rounds after 2 to warm up; every method against \
-         the f64 oracle first</pre></details>\n",
+        "<details><summary>Conditions</summary><pre>{}\n{}\n{}\n{}\n{}\n{} rounds after {} to warm up; every method \
+         against the f64 oracle first</pre></details>\n",
         escape(&conditions.command),
         escape(&conditions.about),
         escape(&conditions.ranks),
         escape(&conditions.machine),
         escape(&conditions.versions),
         conditions.rounds,
+        measure::warm_up(conditions.device),
     );
     let style = include_str!("report.css");
     document(&Head { kicker: "Method comparison", title: &title, about: &about, style }, &body)
@@ -127,10 +136,14 @@ fn charts(rows: &[Row], most: usize, longest: i64, conditions: &Conditions) -> V
         let note = format!("In which a rank waits for communication, mean over ranks, median over rounds. {on}");
         charts.push(chart("Exposed communication".into(), note, tokens(), y, series));
     }
+    let memory = match conditions.device.is_cuda() {
+        true => "Given out by libtorch's allocator above what it had before the step",
+        false => "VmHWM above what was resident before the step",
+    };
     charts.push(by_length(
         "Memory",
         "added by a step, MiB per rank",
-        format!("VmHWM above what was resident before the step, in a step of its own. {on}"),
+        format!("{memory}, in a step of its own. {on}"),
         |m| m.memory.map(|memory| memory.added as f64 / f64::from(1 << 20)),
     ));
     charts.push(by_length(
@@ -196,4 +209,38 @@ fn table_html(table: &Table) -> String {
         html += "</tr>";
     }
     html + "</table>"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compare::lanes::{Lanes, Phase};
+    use crate::compare::memory::Memory;
+
+    #[test]
+    fn says_where_times_and_memory_come_from() {
+        let mut row = table::tests::row("lasp2", 5.0);
+        let lanes =
+            Lanes { phases: vec!["step".into()], ranks: vec![vec![Phase { ns: 5_000_000, ..Phase::default() }]] };
+        let measured = row.measured.as_mut().unwrap();
+        (measured.lanes, measured.memory) = (Some(lanes), Some(Memory { peak: 9 << 20, added: 4 << 20 }));
+        let text = |device| {
+            let [about, ranks, machine, versions, command] = ["a", "b", "c", "d", "e"].map(str::to_owned);
+            html(&[row.clone()], &Conditions { about, ranks, machine, versions, rounds: 7, device, command })
+        };
+        let words = [
+            "progress thread",
+            "VmHWM above",
+            "7 rounds after 2",
+            "streams, by its events",
+            "libtorch's allocator above",
+            "7 rounds after 5",
+        ];
+        for (device, said) in [(Device::Cpu, 0..3), (Device::Cuda(1), 3..6)] {
+            let text = text(device);
+            for (at, words) in words.iter().enumerate() {
+                assert_eq!(text.contains(&*escape(words)), said.contains(&at), "{device:?}: {words}");
+            }
+        }
+    }
 }

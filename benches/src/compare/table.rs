@@ -60,10 +60,12 @@ const MEMORY_AND_MESSAGES: &[Column] = &[
 
 /// What the columns of the tables mean.
 pub const LEGEND: &str = "\
-times     median (10th to 90th percentile) over rounds; of a round the slowest rank, from a barrier
-exposed   share of a step in which a rank waits for communication, mean over ranks
+times     median (10th to 90th percentile) over rounds; of a round the slowest rank, from a barrier, on a GPU until it is
+          through
+exposed   share of a step in which a rank, or its GPU's computing stream, waits for communication, mean over ranks
 hidden    share of the time that messages are under way, from start to result, in which the rank does not wait
-memory    resident at most in a step (VmHWM), and what of it the step added; of ranks as threads an equal share
+memory    resident at most in a step (VmHWM), and what of it the step added; of ranks as threads an equal share; on a GPU
+          what libtorch's allocator had given out
 sent, received, messages   of the rank with most, in a step, counted by the flight recorder
 by layers what of `received` the layers' method moved, where a training step moves gradients too
 formula   what the method's formula says its layers receive; held against the count on every rank, each round
@@ -180,11 +182,11 @@ pub fn grouped(whole: impl ToString) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::compare::{Mixer, Mode};
 
-    pub(crate) fn row(method: &str, step_ms: f64) -> Row {
+    pub fn row(method: &str, step_ms: f64) -> Row {
         let timing = Timing { median_ms: step_ms, p10_ms: 0.9 * step_ms, p90_ms: 1.1 * step_ms };
         let measured = Measured {
             forward: Some(timing),

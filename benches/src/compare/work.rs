@@ -1,13 +1,19 @@
-//! What a round runs: the phases of one step of a method, timed one by one.
+//! What a round runs: the phases of one step of a method, timed one by one. What the methods of one length can share, they
+//! share: inputs, a layer, a trainer; so memory is that of one of them.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use collectives::Mesh;
 use runtime::config::{DataKind, LayoutKind};
 use runtime::data::{RandomSource, Source};
 use runtime::model::{Context, Model};
-use runtime::sequence::{Layout, Plan};
+use runtime::sequence::attention::Attention;
+use runtime::sequence::{Layout, LinearMethod, Plan, method};
 use runtime::train::Trainer;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use super::inputs::{Tokens, numbers};
 use super::method::Entrant;
@@ -35,17 +41,87 @@ pub(super) fn plan(mesh: &Mesh, layout: LayoutKind, tokens: i64) -> Result<Plan>
     Ok(Plan::new(Layout::new(layout, tokens, mesh.sp.size())?, None, mesh.sp.rank())?)
 }
 
-/// Collective over the mesh.
-pub(super) fn new(options: &Options, mesh: &Mesh, entrant: &Entrant, tokens: i64) -> Result<Box<dyn Work>> {
-    let plan = plan(mesh, entrant.method.layout, tokens)?;
-    Ok(match options.mode {
-        Mode::Operator => {
-            let x = Tokens::of_rank(&plan, options, options.config.model.head_dim())?;
-            Box::new(Operator::new(entrant.shard(&mesh.sp, plan), options, x, options.learns_decay())?)
+/// What the methods of one length share, each part made when the first of them needs it.
+pub(super) struct Scene<'a> {
+    options: &'a Options,
+    mesh: &'a Mesh,
+    tokens: i64,
+    operands: Vec<(LayoutKind, Tokens)>,
+    activations: Vec<(LayoutKind, [Tensor; 2])>,
+    model: Option<Rc<OneLayer>>,
+    trainer: Option<Rc<RefCell<Trainer>>>,
+}
+
+impl<'a> Scene<'a> {
+    pub fn new(options: &'a Options, mesh: &'a Mesh, tokens: i64) -> Self {
+        Self { options, mesh, tokens, operands: vec![], activations: vec![], model: None, trainer: None }
+    }
+
+    /// Collective over the mesh.
+    pub fn work(&mut self, entrant: &Entrant) -> Result<Box<dyn Work>> {
+        let options = self.options;
+        let plan = plan(self.mesh, entrant.method.layout, self.tokens)?;
+        Ok(match options.mode {
+            Mode::Operator => {
+                let x = self.operands(&plan, entrant.method.layout)?;
+                Box::new(Operator::new(entrant.shard(&self.mesh.sp, plan), options, x, options.learns_decay())?)
+            }
+            Mode::Layer => {
+                let [x, d_y] = self.activations(&plan, entrant.method.layout)?;
+                let (layer, model) = (self.layer()?, &options.config.model);
+                let (shard, kind) = (entrant.shard(&self.mesh.sp, plan), options.config.train.dtype.kind());
+                let context = Context::new(shard, model.head_dim(), model.rope_base, kind, options.device)?;
+                Box::new(Layer { layer, context, x, d_y, y: None })
+            }
+            Mode::Train => Box::new(Training {
+                trainer: self.trainer()?,
+                share: (entrant.linear.clone(), entrant.attention.clone(), entrant.method.layout),
+            }),
+        })
+    }
+
+    fn operands(&mut self, plan: &Plan, layout: LayoutKind) -> Result<Tokens> {
+        let options = self.options;
+        let made = of(&mut self.operands, layout, || Tokens::of_rank(plan, options, options.config.model.head_dim()))?;
+        Ok(made.shallow_clone())
+    }
+
+    /// x, a leaf of the graph, and dy.
+    fn activations(&mut self, plan: &Plan, layout: LayoutKind) -> Result<[Tensor; 2]> {
+        let (config, device) = (&self.options.config, self.options.device);
+        let ranges: Vec<_> = plan.layout.held(plan.rank).into_iter().map(|s| plan.layout.segment(s)).collect();
+        let make = |seed| numbers(seed, &ranges, &[config.model.dim], (config.train.dtype.kind(), device));
+        let made = of(&mut self.activations, layout, || Ok([make(1)?.f_set_requires_grad(true)?, make(2)?]))?;
+        Ok(made.each_ref().map(Tensor::shallow_clone))
+    }
+
+    fn layer(&mut self) -> Result<Rc<OneLayer>> {
+        let layer = match self.model.take() {
+            Some(layer) => layer,
+            None => Rc::new(OneLayer::new(self.options)?),
+        };
+        Ok(self.model.insert(layer).clone())
+    }
+
+    fn trainer(&mut self) -> Result<Rc<RefCell<Trainer>>> {
+        let trainer = match self.trainer.take() {
+            Some(trainer) => trainer,
+            None => Rc::new(RefCell::new(trainer(self.options, self.mesh, self.tokens)?)),
+        };
+        Ok(self.trainer.insert(trainer).clone())
+    }
+}
+
+/// What was made for a layout, or is made now.
+fn of<T>(all: &mut Vec<(LayoutKind, T)>, layout: LayoutKind, make: impl FnOnce() -> Result<T>) -> Result<&T> {
+    let at = match all.iter().position(|(of, _)| *of == layout) {
+        Some(at) => at,
+        None => {
+            all.push((layout, make()?));
+            all.len() - 1
         }
-        Mode::Layer => Box::new(Layer::new(options, mesh, entrant, plan)?),
-        Mode::Train => Box::new(Training::new(options, mesh, entrant, tokens)?),
-    })
+    };
+    Ok(&all[at].1)
 }
 
 impl Work for Operator {
@@ -62,31 +138,31 @@ impl Work for Operator {
     }
 }
 
+/// A model of one layer.
+struct OneLayer {
+    model: Model,
+    /// Where backward adds up the parameters' gradients.
+    grads: Tensor,
+}
+
+impl OneLayer {
+    fn new(options: &Options) -> Result<Self> {
+        let mut config = options.config.model.clone();
+        (config.layers, config.pattern) = (1, options.mixer.letter().to_owned());
+        let model = Model::new(&config, options.config.train.dtype.kind(), 0, options.device)?;
+        let grads = model.params.flat.f_zeros_like()?;
+        model.params.share_grads(&grads)?;
+        Ok(Self { model, grads })
+    }
+}
+
 /// The first block of a model: norm, mixer, residual; norm, MLP, residual.
 struct Layer {
-    model: Model,
+    layer: Rc<OneLayer>,
     context: Context,
     x: Tensor,
     d_y: Tensor,
     y: Option<Tensor>,
-    /// Where the parameters' gradients go.
-    grads: Tensor,
-}
-
-impl Layer {
-    fn new(options: &Options, mesh: &Mesh, entrant: &Entrant, plan: Plan) -> Result<Self> {
-        let mut config = options.config.model.clone();
-        (config.layers, config.pattern) = (1, options.mixer.letter().to_owned());
-        let kind = options.config.train.dtype.kind();
-        let model = Model::new(&config, kind, 0, Device::Cpu)?;
-        let ranges: Vec<_> = plan.layout.held(plan.rank).into_iter().map(|s| plan.layout.segment(s)).collect();
-        let make = |seed| numbers(seed, &ranges, &[config.dim], kind);
-        let (x, d_y) = (make(1)?.f_set_requires_grad(true)?, make(2)?);
-        let shard = entrant.shard(&mesh.sp, plan);
-        let context = Context::new(shard, config.head_dim(), config.rope_base, kind, Device::Cpu)?;
-        let grads = model.params.flat.f_zeros_like()?;
-        Ok(Self { model, context, x, d_y, y: None, grads })
-    }
 }
 
 impl Work for Layer {
@@ -96,7 +172,7 @@ impl Work for Layer {
 
     fn run(&mut self, phase: usize) -> Result<()> {
         if phase == 0 {
-            let block = self.model.blocks().first().context("a model without layers")?;
+            let block = self.layer.model.blocks().first().context("a model without layers")?;
             self.y = Some(block.forward(&self.context, &self.x)?);
         } else if let Some(y) = self.y.take() {
             kernels::bridge::backward(&y, &self.d_y)?;
@@ -106,32 +182,33 @@ impl Work for Layer {
 
     fn tidy(&mut self) -> Result<()> {
         self.x.zero_grad();
-        Ok(self.model.params.take_grads(&self.grads)?)
+        let _ = self.layer.grads.shallow_clone().f_zero_()?;
+        Ok(())
     }
 }
 
 /// The trainer of `lasp train` on random tokens.
-struct Training {
-    trainer: Trainer,
+fn trainer(options: &Options, mesh: &Mesh, tokens: i64) -> Result<Trainer> {
+    let mut config = options.config.clone();
+    config.data.kind = DataKind::Random;
+    config.train.seq_len = tokens as usize;
+    // The methods are each step's own. The mesh is that of all ranks, whatever the configuration was made for; and the schedule
+    // must not end.
+    match options.mixer {
+        Mixer::Linear => config.parallel.linear_method = method::SCANS[0].to_owned(),
+        Mixer::Softmax => config.parallel.softmax_method = method::ATTENTIONS[0].to_owned(),
+    }
+    (config.parallel.sp, config.parallel.dp) = (0, 1);
+    config.train.steps = u64::MAX / 2;
+    config.resolve_ranks(mesh.world.size())?;
+    let source = Source::Random(RandomSource::new(config.model.vocab, config.train.seq_len, config.train.seed));
+    Ok(Trainer::on(options.device, mesh.clone(), config, source, None)?)
 }
 
-impl Training {
-    fn new(options: &Options, mesh: &Mesh, entrant: &Entrant, tokens: i64) -> Result<Self> {
-        let mut config = options.config.clone();
-        config.parallel.layout = entrant.method.layout;
-        config.data.kind = DataKind::Random;
-        config.train.seq_len = tokens as usize;
-        match options.mixer {
-            Mixer::Linear => config.parallel.linear_method = entrant.method.name.clone(),
-            Mixer::Softmax => config.parallel.softmax_method = entrant.method.name.clone(),
-        }
-        // The mesh is that of all ranks, whatever the configuration was made for; and the schedule must not end.
-        (config.parallel.sp, config.parallel.dp) = (0, 1);
-        config.train.steps = u64::MAX / 2;
-        config.resolve_ranks(mesh.world.size())?;
-        let source = Source::Random(RandomSource::new(config.model.vocab, config.train.seq_len, config.train.seed));
-        Ok(Self { trainer: Trainer::new(mesh.clone(), config, source, None)? })
-    }
+/// Its steps, shared among the ranks by one method.
+struct Training {
+    trainer: Rc<RefCell<Trainer>>,
+    share: (LinearMethod, Arc<dyn Attention>, LayoutKind),
 }
 
 impl Work for Training {
@@ -140,7 +217,10 @@ impl Work for Training {
     }
 
     fn run(&mut self, _phase: usize) -> Result<()> {
-        self.trainer.step(false)?;
+        let mut trainer = self.trainer.borrow_mut();
+        let (linear, attention, layout) = self.share.clone();
+        trainer.share_by(linear, attention, layout);
+        trainer.step(false)?;
         Ok(())
     }
 }

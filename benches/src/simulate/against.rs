@@ -5,8 +5,8 @@ use std::fmt::Write;
 use runtime::config::{Config, LayerKind, ParallelConfig};
 use serde::{Deserialize, Serialize};
 
-use super::host::{self, Host};
-use super::{Error, Machine, Method, Result, Workload, layer_seconds, step_seconds};
+use super::host::Host;
+use super::{Error, Machine, Method, Result, Workload, layer_seconds, operator_on_host, step_seconds};
 use crate::compare::{Mixer, Mode, Row};
 
 /// A row of `results.jsonl`, and the conditions that it repeats.
@@ -129,7 +129,7 @@ fn one(machine: &Machine, line: Line) -> Result<Option<Compared>> {
     let name = row.method.replace(" (quadratic)", "").replace("auto (", "").replace(')', "");
     let kind = if row.mixer == Mixer::Softmax { LayerKind::Softmax } else { LayerKind::Linear };
     let predicted_ms = match row.mode {
-        Mode::Operator => operator(&host, &options, &name, kind, &row)?,
+        Mode::Operator => operator(machine, &host, &options, &name, kind, &row)?,
         Mode::Layer => {
             let config =
                 Config { parallel: ParallelConfig { layout: row.layout, ..Default::default() }, ..sure(&config)? };
@@ -171,7 +171,14 @@ fn sure(config: &Option<Config>) -> Result<Config> {
     config.clone().ok_or_else(|| Error::Against { message: "a row without config".to_owned() })
 }
 
-fn operator(host: &Host, options: &Sizes, name: &str, kind: LayerKind, row: &Row) -> Result<Vec<f64>> {
+fn operator(
+    machine: &Machine,
+    host: &Host,
+    options: &Sizes,
+    name: &str,
+    kind: LayerKind,
+    row: &Row,
+) -> Result<Vec<f64>> {
     let text = format!(
         "[model]\nheads = {}\nkv_heads = {}\ndim = {}\nchunk = {}\ndecay = {:?}\n",
         options.heads,
@@ -181,8 +188,8 @@ fn operator(host: &Host, options: &Sizes, name: &str, kind: LayerKind, row: &Row
         options.decay
     );
     let config = Config::from_toml_str(&text, "the sizes of a measured row", &[])?;
-    let (method, softmax) = (Method::parse(name)?, kind == LayerKind::Softmax);
-    let [f, b] = host::operator(host, host.network()?, &config, &method, softmax, row.ranks, row.tokens as usize)?;
+    let work = Workload::one(&config, row.ranks, row.tokens as usize);
+    let [f, b] = operator_on_host(machine, host, &Method::parse(name)?, kind, &work)?;
     Ok(vec![f, b, f + b])
 }
 

@@ -1,6 +1,6 @@
 //! Attention whose keys and values meet queries of other ranks, on the timeline: the methods of softmax layers as
 //! `runtime::sequence::attention` runs them, and the two left-product methods of linear layers. Imbalance needs no formula:
-//! each rank's work is its own visible pairs.
+//! each rank's work is its own visible pairs, inside documents.
 
 use super::costs::{Costs, Pass, WIDE};
 use super::method::Softmax;
@@ -21,7 +21,7 @@ impl Attend<'_> {
     pub fn run(&self, timeline: &mut Timeline, method: Softmax, ready: &[f64]) -> Result<()> {
         match method {
             _ if timeline.ranks() == 1 => {
-                timeline.compute(0, ready[0], self.seconds(self.costs.all_pairs(0)));
+                timeline.compute(0, ready[0], self.seconds(self.costs.packing.all_pairs(0)));
             }
             Softmax::Lasp2h => self.lasp2h(timeline, ready),
             Softmax::Ring => self.ring(timeline, ready),
@@ -63,7 +63,9 @@ impl Attend<'_> {
             let here: Vec<f64> = timeline.computed().iter().zip(ready).map(|(t, r)| t.max(*r).max(arrived)).collect();
             let next = stages.get(stage + 1).map(|share| self.gather(timeline, &here, share * self.keys()));
             let done: Vec<f64> = (0..timeline.ranks())
-                .map(|rank| timeline.compute(rank, here[rank], share * self.seconds(self.costs.all_pairs(rank))))
+                .map(|rank| {
+                    timeline.compute(rank, here[rank], share * self.seconds(self.costs.packing.all_pairs(rank)))
+                })
                 .collect();
             if self.pass == Pass::Backward {
                 summed = self.gather(timeline, &done, share * self.sums(self.keys()));
@@ -75,7 +77,8 @@ impl Attend<'_> {
     }
 
     /// Step s: the block of the rank s back is worked on while it goes to the next rank; in backward the sums of its dk and dv
-    /// follow it, and come home one hop after the last step. A hop starts when both of its ranks have begun the step.
+    /// follow it from the second step on, and come home one hop after the last. A hop starts when both of its ranks have begun
+    /// the step.
     fn ring(&self, timeline: &mut Timeline, ready: &[f64]) {
         let ranks = timeline.ranks();
         let backward = self.pass == Pass::Backward;
@@ -83,10 +86,6 @@ impl Attend<'_> {
         let hops: Vec<_> = (0..ranks).map(|to| self.network.host_hop(before(to), to, self.keys())).collect();
         let homing: Vec<_> =
             (0..ranks).map(|to| self.network.host_hop(before(to), to, self.sums(self.keys()))).collect();
-        // What a rank does with a block depends on whether its owner is itself, before it or after it.
-        let work = |rank: usize, owner: usize| self.seconds(self.costs.pairs(rank, owner));
-        let (own, past, coming) = (work(0, 0), work(1, 0), work(0, 1));
-
         let mut starts: Vec<f64> = timeline.computed().iter().zip(ready).map(|(t, r)| t.max(*r)).collect();
         let first = starts.clone();
         let mut link = vec![0.0f64; ranks]; // into each rank
@@ -95,13 +94,7 @@ impl Attend<'_> {
         let mut worked = vec![0.0f64; ranks];
         for step in 0..ranks {
             for rank in 0..ranks {
-                let seconds = if step == 0 {
-                    own
-                } else if step <= rank {
-                    past
-                } else {
-                    coming
-                };
+                let seconds = self.seconds(self.costs.packing.pairs(rank, (rank + ranks - step) % ranks));
                 worked[rank] += seconds;
                 ends[rank] = (starts[rank] + seconds).max(sums[rank]);
             }
@@ -114,7 +107,8 @@ impl Attend<'_> {
                     link[rank] = link[rank].max(begun[rank]).max(begun[from]) + hop.transfer;
                     starts[rank] = ends[rank].max(link[rank] + hop.latency);
                 }
-                if backward {
+                // What a rank adds for its own block stays there.
+                if backward && step > 0 {
                     let hop = homing[rank];
                     link[rank] = link[rank].max(ends[from]) + hop.transfer;
                     sums[rank] = link[rank] + hop.latency;
@@ -122,13 +116,13 @@ impl Attend<'_> {
             }
         }
         let (others, sum_bytes) = ((ranks - 1) as f64, if backward { self.sums(self.keys()) } else { 0.0 });
-        let sums_home = if backward { ranks as f64 } else { 0.0 };
+        let sums_home = if backward { others } else { 0.0 };
         let busy = hops.iter().zip(&homing).map(|(hop, home)| others * hop.transfer + sums_home * home.transfer);
         timeline.give_way(latest(&first), busy.fold(0.0, f64::max));
         for rank in 0..ranks {
             let end = ends[rank].max(sums[rank]);
             let waited = end - timeline.computed()[rank] - worked[rank];
-            timeline.advance(rank, end, waited, others * self.keys() + ranks as f64 * sum_bytes);
+            timeline.advance(rank, end, waited, others * (self.keys() + sum_bytes));
         }
     }
 
@@ -151,7 +145,7 @@ impl Attend<'_> {
             vec![timeline.collective(0..ranks, ready, self.network.all_to_all(ranks, bytes), bytes); ranks]
         };
         let whole = exchange(timeline, ready, there);
-        let pairs = self.costs.whole * self.costs.whole / 2.0 / ranks as f64;
+        let pairs = self.costs.packing.whole_pairs() / ranks as f64;
         let done = timeline.compute_all(&whole, self.seconds(pairs));
         let home = exchange(timeline, &done, back);
         timeline.compute_all(&home, 0.0);
@@ -163,7 +157,7 @@ impl Attend<'_> {
     fn megatron_sp(&self, timeline: &mut Timeline, ready: &[f64]) {
         let gathers = if self.pass == Pass::Forward { 1 } else { 2 };
         let arrived = (0..gathers).map(|_| self.gather(timeline, ready, self.costs.rows())).fold(0.0, f64::max);
-        let pairs = self.costs.whole * self.costs.whole / 2.0 / self.costs.heads;
+        let pairs = self.costs.packing.whole_pairs() / self.costs.heads;
         let (ranks, heads) = (timeline.ranks(), self.costs.heads as usize);
         let done: Vec<f64> = (0..ranks)
             .map(|rank| {

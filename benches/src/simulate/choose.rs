@@ -65,15 +65,31 @@ fn best(candidates: &[Candidate]) -> Option<String> {
 }
 
 /// The quickest methods for the kinds of layers that ask for it; `sp` ranks share a sequence of the configuration's length.
-pub fn choose(machine: &Machine, config: &Config, sp: usize, kinds: &[LayerKind]) -> Result<Vec<Choice>> {
+/// `packed`: boundaries of documents in sequences of the data, of which the mean counts; none: each is one document.
+pub fn choose(
+    machine: &Machine,
+    config: &Config,
+    sp: usize,
+    kinds: &[LayerKind],
+    packed: &[Vec<i64>],
+) -> Result<Vec<Choice>> {
     let mut config = config.clone();
     let mut choices = Vec::new();
     for &kind in kinds {
         // Layers of the other kind take what they take, whatever this one does.
         let work = Workload::one(&config, sp, config.train.seq_len);
+        let sequences: Vec<Workload> = match packed {
+            [] => vec![work.clone()],
+            packed => packed.iter().map(|of| Workload { cu_seqlens: Some(of), ..work.clone() }).collect(),
+        };
         let candidates = candidates(machine, kind, sp, |method| {
-            let Prediction { step_s, exposed_s, out_of_memory, .. } = predict(machine, method, &work)?;
-            Ok((step_s, exposed_s, out_of_memory))
+            let mut mean = (0.0, 0.0, false);
+            for work in &sequences {
+                let Prediction { step_s, exposed_s, out_of_memory, .. } = predict(machine, method, work)?;
+                let share = 1.0 / sequences.len() as f64;
+                mean = (mean.0 + share * step_s, mean.1 + share * exposed_s, mean.2 | out_of_memory);
+            }
+            Ok(mean)
         });
         let Some(best) = best(&candidates) else {
             // All fail for the same reason: the point itself.
@@ -120,9 +136,13 @@ mod tests {
                          [train]\ndtype = \"bf16\"\nseq_len = 262144\n";
 
     fn chosen(machine: &Machine, sp: usize, set: &[&str]) -> [Choice; 2] {
+        chosen_packed(machine, sp, set, &[])
+    }
+
+    fn chosen_packed(machine: &Machine, sp: usize, set: &[&str], packed: &[Vec<i64>]) -> [Choice; 2] {
         let set: Vec<String> = set.iter().map(|text| (*text).to_owned()).collect();
         let config = Config::from_toml_str(MODEL, "test", &set).unwrap();
-        choose(machine, &config, sp, &[LayerKind::Linear, LayerKind::Softmax]).unwrap().try_into().unwrap()
+        choose(machine, &config, sp, &[LayerKind::Linear, LayerKind::Softmax], packed).unwrap().try_into().unwrap()
     }
 
     /// A network of which only latency, or only bandwidth, matters.
@@ -155,6 +175,27 @@ mod tests {
         nodes.network.inter_gbps = 0.5;
         let [linear, _] = chosen(&nodes, 64, &short);
         assert_eq!(linear.method, "hierarchical:node=8", "{linear:?}");
+    }
+
+    #[test]
+    fn documents_change_the_choice() {
+        let machine = machine(0.1, 0.05, 64);
+        let set = ["train.seq_len=65536"];
+        let of = |choice: &Choice, method: &str| {
+            choice.candidates.iter().find(|candidate| candidate.method == method).unwrap().found.clone().unwrap()
+        };
+        let [_, one] = chosen(&machine, 16, &set);
+        // Of documents that no rank shares states do not travel, and softmax layers have a sixteenth of the work.
+        let shares: Vec<i64> = (0..=16).map(|n| n * 4096).collect();
+        let [linear, softmax] = chosen_packed(&machine, 16, &set, std::slice::from_ref(&shares));
+        assert_eq!(of(&linear, "lasp2"), of(&linear, "lasp1"));
+        assert!(of(&softmax, "ring").0 < of(&one, "ring").0);
+        // Of several sequences the mean counts.
+        let whole = vec![0, 65536];
+        let [_, both] = chosen_packed(&machine, 16, &set, &[shares, whole]);
+        let mean = (of(&softmax, "ulysses").0 + of(&one, "ulysses").0) / 2.0;
+        // Linear layers' choice, made before, may differ.
+        assert!((of(&both, "ulysses").0 / mean - 1.0).abs() < 0.05, "{both:?}");
     }
 
     #[test]

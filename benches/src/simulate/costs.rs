@@ -6,11 +6,15 @@
 //! written and read. Linear attention takes the bytes of its tensors over `bandwidth x linear_efficiency`, or its operations,
 //! whichever is longer.
 
-use runtime::config::{DecayKind, LayerKind, LayoutKind};
+use runtime::config::{Config, DecayKind, LayerKind, LayoutKind};
 use runtime::estimate::{Activations, Parameters};
+use runtime::model::{self, constant_decay};
+use runtime::sequence::LayerSizes;
+use runtime::sequence::scan::{DecayForm, Reach, StateSize};
 
-use super::Workload;
 use super::machine::Machine;
+use super::packing::Packing;
+use super::{Result, Workload};
 
 /// Numbers of f32: states, and sums over ranks.
 pub const WIDE: f64 = 4.0;
@@ -35,18 +39,21 @@ pub struct Costs<'a> {
     pub ranks: usize,
     /// Ranks of all groups.
     pub world: usize,
-    pub layout: LayoutKind,
     pub slots: f64,
+    pub packing: Packing,
     /// D = H K.
     pub dim: f64,
     pub heads: f64,
     pub kv_heads: f64,
     head_dim: f64,
-    chunk: f64,
+    /// For each rank, of its pieces the tokens times those of a chunk, which is no longer than its piece.
+    chunked: Vec<f64>,
     vocab: f64,
     /// Bytes of a number.
     pub width: f64,
-    decay: DecayKind,
+    pub decay: DecayKind,
+    /// Of a linear layer.
+    pub size: StateSize,
     parameters: Parameters,
     layers: [f64; 2],
     activations: Activations,
@@ -59,29 +66,34 @@ impl<'a> Costs<'a> {
         layout: LayoutKind,
         parameters: Parameters,
         activations: Activations,
-    ) -> Self {
+    ) -> Result<Self> {
         let model = &work.config.model;
+        let packing = Packing::new(work, layout)?;
+        let chunked = |rank: usize| {
+            packing.pieces(rank).iter().map(|piece| (piece.tokens() * piece.tokens().min(model.chunk)) as f64).sum()
+        };
         let count = |kind| model.layer_kinds().iter().filter(|found| **found == kind).count() as f64;
-        Self {
+        Ok(Self {
             machine,
             whole: work.seq_len as f64,
             tokens: work.seq_len as f64 / work.gpus as f64,
             ranks: work.gpus,
             world: work.world(),
-            layout,
             slots: if layout == LayoutKind::Zigzag { 2.0 } else { 1.0 },
             dim: model.dim as f64,
             heads: model.heads as f64,
             kv_heads: model.kv_heads as f64,
             head_dim: model.head_dim() as f64,
-            chunk: model.chunk as f64,
+            chunked: (0..work.gpus).map(chunked).collect(),
+            packing,
             vocab: model.vocab as f64,
             width: work.config.train.dtype.kind().elt_size_in_bytes() as f64,
             decay: model.decay,
+            size: StateSize::of_layer(&layer_sizes(work.config, LayerKind::Linear), DecayForm::of(model.decay)),
             parameters,
             layers: [count(LayerKind::Linear), count(LayerKind::Softmax)],
             activations,
-        }
+        })
     }
 
     /// Norm and projections before the mixer; output projection, norm and MLP after it.
@@ -122,23 +134,34 @@ impl<'a> Costs<'a> {
     }
 
     /// Linear attention of one rank by itself: its summaries, and the rest of the intra-rank work.
-    pub fn linear(&self, pass: Pass) -> [f64; 2] {
-        let per_head = self.head_dim * (4.0 * self.chunk.min(self.tokens) + 4.0 * self.head_dim);
+    pub fn linear(&self, rank: usize, pass: Pass) -> [f64; 2] {
+        let of_head = 4.0 * self.head_dim * (self.chunked[rank] + self.head_dim * self.tokens);
         let (tensors, times, share) = match pass {
             Pass::Forward => (4.0, 1.0, SUMMARIZE[0]),
             Pass::Backward => (7.0, 2.0, SUMMARIZE[1]),
         };
         let decay = if self.decay == DecayKind::Channel { self.machine.compute.channel_decay_factor } else { 1.0 };
         let memory = self.bytes(tensors * self.rows()) / self.machine.compute.linear_efficiency;
-        let products = self.products(times * self.tokens * self.heads * per_head);
+        let products = self.products(times * self.heads * of_head);
         let seconds = decay * memory.max(products);
         [share * seconds, (1.0 - share) * seconds]
     }
 
-    /// What entry states add: to o, or to dk and dv.
-    pub fn add_entry(&self, pass: Pass) -> f64 {
+    /// What entry states add: to o, or to dk and dv, of the tokens of documents that go on from other segments.
+    pub fn add_entry(&self, rank: usize, pass: Pass) -> f64 {
         let (tensors, times) = if pass == Pass::Forward { (3.0, 1.0) } else { (6.0, 2.0) };
-        self.bytes(tensors * self.rows()).max(self.products(times * 2.0 * self.dim * self.head_dim * self.tokens))
+        let tokens = self.packing.entered(rank, pass);
+        let bytes = tensors * tokens * self.dim * self.width;
+        self.bytes(bytes).max(self.products(times * 2.0 * self.dim * self.head_dim * tokens))
+    }
+
+    /// How far back states of linear layer `layer` matter to a truncated scan. Where decays depend on the data, or it is not said
+    /// which layer: everywhere.
+    pub fn reach(&self, layer: Option<usize>, layers: usize, pass: Pass) -> Result<Reach> {
+        Ok(match layer.map(|layer| log_decay(self.decay, self.heads as i64, layer, layers)).transpose()?.flatten() {
+            Some(log_decay) => Reach::constant(&log_decay, self.packing.chain(pass), self.size.width),
+            None => Reach::full(),
+        })
     }
 
     /// A pass over `bytes` of memory.
@@ -158,16 +181,12 @@ impl<'a> Costs<'a> {
 
     /// Bytes of a segment's state.
     pub fn state(&self) -> f64 {
-        self.dim * self.head_dim * WIDE
+        self.size.state() as f64
     }
 
     /// Bytes of the log-decays that travel with it: in forward, where they depend on the data.
     pub fn decays(&self, pass: Pass) -> f64 {
-        match (pass, self.decay) {
-            (Pass::Forward, DecayKind::Token) => self.heads * WIDE,
-            (Pass::Forward, DecayKind::Channel) => self.dim * WIDE,
-            _ => 0.0,
-        }
+        if pass == Pass::Forward { self.size.decays() as f64 } else { 0.0 }
     }
 
     /// Softmax attention over `pairs` of a query and a key, with all heads.
@@ -183,25 +202,6 @@ impl<'a> Costs<'a> {
     fn attention(&self, pairs: f64, pass: Pass, efficiency: f64) -> f64 {
         let times = if pass == Pass::Forward { 1.0 } else { ATTENTION_BACKWARD };
         times * 4.0 * self.dim * pairs / (self.machine.compute.peak_tflops * 1e12 * efficiency)
-    }
-
-    /// Visible pairs of `rank`'s queries and `owner`'s keys under the causal mask.
-    pub fn pairs(&self, rank: usize, owner: usize) -> f64 {
-        let block = self.tokens * self.tokens;
-        match (self.layout, owner.cmp(&rank)) {
-            (LayoutKind::Zigzag, _) | (_, std::cmp::Ordering::Equal) => block / 2.0,
-            (LayoutKind::Contiguous, std::cmp::Ordering::Less) => block,
-            (LayoutKind::Contiguous, std::cmp::Ordering::Greater) => 0.0,
-        }
-    }
-
-    /// Those with all keys.
-    pub fn all_pairs(&self, rank: usize) -> f64 {
-        let block = self.tokens * self.tokens;
-        match self.layout {
-            LayoutKind::Contiguous => (rank as f64 + 0.5) * block,
-            LayoutKind::Zigzag => self.ranks as f64 * block / 2.0,
-        }
     }
 
     /// Logits and cross-entropy, forward and backward: three products, and four passes over f32 logits.
@@ -229,4 +229,23 @@ impl<'a> Costs<'a> {
         let start = |stage: usize| (stage * self.kv_heads as usize / stages) as f64;
         (0..stages).map(|stage| (start(stage + 1) - start(stage)) / self.kv_heads).collect()
     }
+}
+
+/// Sizes of a layer, of one sequence.
+pub fn layer_sizes(config: &Config, kind: LayerKind) -> LayerSizes {
+    let model = &config.model;
+    LayerSizes {
+        b: 1,
+        heads: model.heads,
+        kv_heads: if kind == LayerKind::Linear { model.heads } else { model.kv_heads },
+        dk: model.head_dim(),
+        dv: model.head_dim(),
+        kind: config.train.dtype.kind(),
+    }
+}
+
+/// The log-decays `[H]` of a layer where they are constants.
+pub fn log_decay(decay: DecayKind, heads: i64, layer: usize, layers: usize) -> Result<Option<Vec<f64>>> {
+    let constants = constant_decay(decay, heads, layer, layers)?;
+    Ok(constants.map(Vec::try_from).transpose().map_err(model::Error::from)?)
 }

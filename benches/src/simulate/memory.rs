@@ -67,7 +67,7 @@ fn gathered(costs: &Costs, method: &Method, estimate: &Estimate) -> f64 {
     let whole = ranks * costs.rows();
     let linear = match method.linear {
         Linear::None => 0.0,
-        Linear::Lasp2 { .. } => ranks * summary,
+        Linear::Lasp2 { .. } | Linear::Truncated { .. } => ranks * summary,
         Linear::Lasp1 | Linear::AllScan { .. } => 2.0 * summary,
         Linear::Hierarchical { node } => (node as f64 + 2.0) * summary,
         Linear::RingLeftProduct => 2.0 * 2.0 * costs.rows() * (1.0 + WIDE / costs.width),

@@ -26,6 +26,10 @@ pub enum Linear {
     Lasp2 {
         splits: usize,
     },
+    /// LASP-2 without the states that have decayed away.
+    Truncated {
+        splits: usize,
+    },
     Lasp1,
     AllScan {
         blocks: usize,
@@ -47,10 +51,39 @@ pub enum Softmax {
     MegatronSp,
 }
 
+impl Linear {
+    /// In a configuration; `none` is no method there.
+    pub fn name(self) -> Option<String> {
+        Some(match self {
+            Linear::None => return None,
+            Linear::Lasp2 { splits } => format!("lasp2:splits={splits}"),
+            Linear::Truncated { splits } => format!("lasp2:truncate,splits={splits}"),
+            Linear::Lasp1 => "lasp1".to_owned(),
+            Linear::AllScan { blocks } => format!("all_scan:blocks={blocks}"),
+            Linear::Hierarchical { node } => format!("hierarchical:node={node}"),
+            Linear::RingLeftProduct => "ring_left_product".to_owned(),
+            Linear::MegatronSpLeftProduct => "megatron_sp_left_product".to_owned(),
+        })
+    }
+}
+
+impl Softmax {
+    /// In a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Softmax::Lasp2h => "lasp2h",
+            Softmax::Ring => "ring",
+            Softmax::Ulysses => "ulysses",
+            Softmax::MegatronSp => "megatron_sp",
+        }
+    }
+}
+
 /// Names for linear layers, each with its setting if it has one.
 pub const LINEAR: &[&str] = &[
     "none",
     "lasp2:splits=N",
+    "lasp2:truncate",
     "lasp1",
     "all_scan:blocks=N",
     "hierarchical:node=N",
@@ -103,12 +136,11 @@ fn softmax(name: &str) -> Option<Softmax> {
 fn linear(part: &str) -> Option<(Linear, bool)> {
     let mut words = part.split(':');
     let name = words.next()?;
-    let (mut number, mut released) = (None, false);
+    let (mut number, mut released, mut truncate) = (None, false, false);
     for word in words {
         match word.split_once('=') {
             None if word == "released" && !released => released = true,
-            // How far decays reach depends on the data: the whole gather is the most that it takes.
-            None if word == "truncate" && name == "lasp2" => {}
+            None if word == "truncate" && name == "lasp2" && !truncate => truncate = true,
             Some((key, value)) if number.is_none() => number = Some((key, value.parse().ok().filter(|n| *n > 0)?)),
             _ => return None,
         }
@@ -120,6 +152,7 @@ fn linear(part: &str) -> Option<(Linear, bool)> {
     let plain = |method: Linear| number.is_none().then_some(method);
     let method = match name {
         "none" => plain(Linear::None),
+        "lasp2" if truncate => setting("splits", 1).map(|splits| Linear::Truncated { splits }),
         "lasp2" => setting("splits", 1).map(|splits| Linear::Lasp2 { splits }),
         "lasp1" => plain(Linear::Lasp1),
         "all_scan" => setting("blocks", AllScan::default().blocks).map(|blocks| Linear::AllScan { blocks }),
@@ -143,9 +176,14 @@ mod tests {
         assert_eq!(Method::parse("ring zigzag").unwrap().layout, Some(LayoutKind::Zigzag));
         let method = Method::parse("ulysses").unwrap();
         assert_eq!((method.linear, method.softmax), (Linear::Lasp2 { splits: 1 }, Softmax::Ulysses));
-        assert_eq!(Method::parse("lasp2:truncate").unwrap().linear, Linear::Lasp2 { splits: 1 });
+        assert_eq!(Method::parse("lasp2:truncate").unwrap().linear, Linear::Truncated { splits: 1 });
+        assert_eq!(Method::parse("lasp2:truncate:splits=3").unwrap().linear, Linear::Truncated { splits: 3 });
         for known in LINEAR.iter().chain(SOFTMAX) {
-            Method::parse(&known.replace('N', "4")).unwrap();
+            let method = Method::parse(&known.replace('N', "4")).unwrap();
+            // What the runtime calls them.
+            let linear = method.linear.name().map_or(Ok(()), |name| runtime::sequence::method::check_linear(&name));
+            assert_eq!(linear, Ok(()), "{known}");
+            runtime::sequence::method::attention(method.softmax.name()).unwrap();
         }
         for wrong in [
             "",

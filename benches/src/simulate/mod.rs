@@ -1,6 +1,6 @@
 //! The cost model of the comparison harness: what a training step takes, and what memory, on a machine that is not here. A
 //! [`Machine`] and a [`Method`] make a [`Prediction`] of a [`Workload`]; `fit` holds the model against `published`, and `report`
-//! writes down how far off it is. No tensor is made.
+//! writes down how far off it is. No tensor of a layer is made.
 //!
 //! Every rank's compute stream and links are simulated (`timeline`): collectives start with the last rank, chains pass from
 //! rank to rank, so that overlap, chains and causal imbalance come out instead of being put in. What each piece of work takes
@@ -17,6 +17,7 @@ pub mod machine;
 mod memory;
 pub mod method;
 mod network;
+pub mod packing;
 pub mod published;
 pub mod report;
 mod step;
@@ -24,14 +25,16 @@ pub mod sweep;
 mod timeline;
 
 use runtime::config::{self, Config};
-use runtime::sequence;
+use runtime::{model, sequence};
 use serde::Serialize;
 
 pub use costs::Pass;
 pub use machine::Machine;
 pub use memory::MemoryUse;
 pub use method::Method;
-pub use step::{attention_share, exchange_seconds, layer_seconds, operator_seconds, predict, step_seconds};
+pub use step::{
+    attention_share, exchange_seconds, layer_seconds, operator_on_host, operator_seconds, predict, step_seconds,
+};
 
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -49,6 +52,11 @@ pub enum Error {
         "ulysses needs the number of GPUs to divide the heads: {heads} heads, {ranks} GPUs; use lasp2h, or fewer GPUs"
     )]
     Ulysses { heads: usize, ranks: usize },
+    #[error(
+        "{method} with a decay per token: expected none or a constant per head (model.decay = none, lightning or retention); \
+         or use lasp2"
+    )]
+    LeftProduct { method: String },
     #[error("a point needs at least one GPU and one token each: {seq_len} tokens, {gpus} GPUs (--gpus, --seq-lens)")]
     Point { gpus: usize, seq_len: usize },
     #[error(
@@ -67,6 +75,8 @@ pub enum Error {
     Config(#[from] config::Error),
     #[error(transparent)]
     Sequence(#[from] sequence::Error),
+    #[error(transparent)]
+    Model(#[from] model::Error),
 }
 
 /// A step: `dp` groups of GPUs, in each of which all share one sequence after another.
@@ -81,12 +91,14 @@ pub struct Workload<'a> {
     pub dp: usize,
     /// Sequences of a group in a step.
     pub passes: usize,
+    /// `[N + 1]`: where the documents packed into each of them begin and end; none: each is one.
+    pub cu_seqlens: Option<&'a [i64]>,
 }
 
 impl<'a> Workload<'a> {
-    /// One sequence a step, on all GPUs.
+    /// One sequence a step, of one document, on all GPUs.
     pub fn one(config: &'a Config, gpus: usize, seq_len: usize) -> Self {
-        Workload { config, gpus, seq_len, dp: 1, passes: 1 }
+        Workload { config, gpus, seq_len, dp: 1, passes: 1, cu_seqlens: None }
     }
 
     /// All GPUs.
@@ -103,6 +115,8 @@ pub struct Prediction {
     /// In all.
     pub gpus: usize,
     pub seq_len: usize,
+    /// Of a sequence.
+    pub documents: usize,
     pub dp: usize,
     pub step_s: f64,
     pub tokens_per_s: f64,
@@ -113,6 +127,10 @@ pub struct Prediction {
     pub waited_s: f64,
     /// By exchanges of layers, the mean of all ranks.
     pub received: f64,
+    /// Collectives, sends and receives of a rank for layers, by the formulas of `runtime::sequence`: the mean of all ranks.
+    pub messages: f64,
+    /// Messages and bytes may be fewer: they are those of a truncated scan that reaches everywhere, as its decays depend on the data.
+    pub at_most: bool,
     pub memory: MemoryUse,
     pub out_of_memory: bool,
 }

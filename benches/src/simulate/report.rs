@@ -151,7 +151,8 @@ const OPEN: &str = "\
 
 - Ranks run at the same speed, and networks carry nothing else. There is no jitter, congestion or slow node.
 - A rank's gradients and sharded weights give way to the exchanges of layers; in NCCL they share the links.
-- Kernels take no time to launch unless `overhead.layer_us` says so, and none for shards too short to fill a GPU.
+- Kernels take no time to launch unless `overhead.layer_us` says so, and none for shards too short to fill a GPU; nor for
+  packed documents too short to fill one.
 - Further messages of a split gather are taken to overlap their ways around the ring.
 - Allocators do not fragment.
 ";

@@ -2,7 +2,7 @@
 
 use runtime::config::Config;
 
-use super::{Error, Machine, Method, Prediction, Result, Workload, predict};
+use super::{Error, Machine, Method, Prediction, Result, Workload, packing, predict};
 
 /// A point that could not be predicted.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,11 +59,12 @@ impl Groups {
         if dp == 0 || !gpus.is_multiple_of(dp) || batch == 0 || !batch.is_multiple_of(dp) {
             return Err(Error::Groups { gpus, dp, batch });
         }
-        Ok(Workload { config, gpus: gpus / dp, seq_len, dp, passes: batch / dp })
+        Ok(Workload { dp, passes: batch / dp, ..Workload::one(config, gpus / dp, seq_len) })
     }
 }
 
-/// By length, GPUs and method, in the order given.
+/// By length, GPUs and method, in the order given. `documents`: lengths of the documents packed into a sequence, again and again until
+/// it ends; none: it is one.
 pub fn sweep(
     machine: &Machine,
     config: &Config,
@@ -71,12 +72,16 @@ pub fn sweep(
     gpus: &[usize],
     seq_lens: &[usize],
     groups: Groups,
+    documents: &[usize],
 ) -> Vec<std::result::Result<Prediction, Refused>> {
     let mut points = Vec::new();
     for &seq_len in seq_lens {
+        let cu_seqlens = (!documents.is_empty()).then(|| packing::repeated(documents, seq_len));
         for &gpus in gpus {
             for method in methods {
-                let point = groups.work(config, gpus, seq_len).and_then(|work| predict(machine, method, &work));
+                let point = groups
+                    .work(config, gpus, seq_len)
+                    .and_then(|work| predict(machine, method, &Workload { cu_seqlens: cu_seqlens.as_deref(), ..work }));
                 points.push(point.map_err(|error| Refused {
                     method: method.name.clone(),
                     gpus,
@@ -100,7 +105,7 @@ mod tests {
         let at = |dp, batch| {
             let groups = Groups { dp, batch };
             let methods = [Method::parse("lasp2").unwrap()];
-            sweep(&machine, &config, &methods, &[16], &[1 << 18], groups).pop().unwrap()
+            sweep(&machine, &config, &methods, &[16], &[1 << 18], groups, &[]).pop().unwrap()
         };
         let [one, two, four] = [(1, 1), (2, 2), (2, 4)].map(|(dp, batch)| at(dp, batch).unwrap());
         // Half the GPUs for each of two sequences; then two sequences, one after the other, and gradients summed once.

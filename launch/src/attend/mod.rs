@@ -18,6 +18,7 @@ use runtime::sequence::{Layout, method};
 use runtime::tensor_file;
 use tch::{Device, Kind, Tensor};
 
+use crate::gpu::Place;
 use crate::identity::Launcher;
 use crate::{auto, job, output};
 
@@ -118,12 +119,6 @@ enum Dtype {
     F64,
     F32,
     Bf16,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Place {
-    Cpu,
-    Cuda,
 }
 
 /// What is asked for, as the parts of this command know it.

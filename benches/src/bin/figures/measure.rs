@@ -222,12 +222,8 @@ fn readme(run: &Path) -> Result<String> {
 /// As `lasp doctor` has it.
 fn libtorch_version() -> Result<String> {
     let path = std::env::current_exe()?.with_file_name("lasp");
-    let output = Command::new(path).arg("doctor").output()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let version = text.lines().find(|line| line.contains("libtorch")).unwrap_or("unknown");
-    Ok(version
-        .split_whitespace()
-        .find(|word| word.starts_with(|c: char| c.is_ascii_digit()))
-        .unwrap_or("unknown")
-        .to_owned())
+    let output = Command::new(path).args(["doctor", "--json"]).output().context("cannot start lasp doctor")?;
+    ensure!(output.status.success(), "lasp doctor: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).context("lasp doctor --json")?;
+    Ok(found["libtorch"]["detail"]["version"].as_str().unwrap_or("of unknown version").to_owned())
 }

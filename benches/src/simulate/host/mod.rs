@@ -8,12 +8,14 @@ mod ranks;
 mod softmax;
 
 use collectives::local::Network;
-use runtime::config::{Config, DecayKind, LayoutKind};
+use runtime::config::{Config, DecayKind, LayerKind};
+use runtime::sequence::scan::{Reach, StateSize};
 use serde::{Deserialize, Serialize};
 
-use super::costs::Pass;
+use super::costs::{Costs, Pass};
 use super::method::{Linear, Method, Softmax};
-use super::{Error, Result};
+use super::packing::Packing;
+use super::{Error, Result, Workload};
 use engine::Cores;
 use ranks::Ranks;
 
@@ -254,33 +256,43 @@ pub fn pairs_kernel(kind: &str, causal: bool, pass: Pass) -> String {
     format!("{kind} {} {}", if causal { "causal" } else { "full" }, name(pass))
 }
 
+/// Left products by the decays with which they can be computed: none, or a constant per head.
+pub fn left_product_kind(decay: DecayKind) -> &'static str {
+    if decay == DecayKind::None { "left_product" } else { "left_product head" }
+}
+
 fn name(pass: Pass) -> &'static str {
     if pass == Pass::Forward { "forward" } else { "backward" }
 }
 
 /// One operator: sizes, and where its tokens are.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sizes {
+pub(super) struct Sizes<'a> {
+    pub packing: &'a Packing,
     pub ranks: usize,
     /// Of the whole sequence, and of one rank.
     pub whole: f64,
     pub tokens: f64,
-    pub layout: LayoutKind,
+    pub slots: f64,
     pub heads: f64,
     pub kv_heads: f64,
     pub dim: f64,
     pub chunk: f64,
     pub decay: DecayKind,
+    /// Of a linear layer.
+    pub size: StateSize,
 }
 
-impl Sizes {
-    fn new(config: &Config, layout: LayoutKind, ranks: usize, tokens: usize) -> Self {
+impl<'a> Sizes<'a> {
+    fn new(costs: &'a Costs, config: &Config) -> Self {
         let model = &config.model;
         Sizes {
-            ranks,
-            whole: tokens as f64,
-            tokens: tokens as f64 / ranks as f64,
-            layout: if ranks == 1 { LayoutKind::Contiguous } else { layout },
+            packing: &costs.packing,
+            ranks: costs.ranks,
+            whole: costs.whole,
+            tokens: costs.tokens,
+            slots: costs.slots,
+            size: costs.size,
             heads: model.heads as f64,
             kv_heads: model.kv_heads as f64,
             dim: model.head_dim() as f64,
@@ -289,55 +301,39 @@ impl Sizes {
         }
     }
 
-    fn slots(&self) -> usize {
-        if self.layout == LayoutKind::Zigzag { 2 } else { 1 }
-    }
-
-    /// The rank of each segment, in the order in which states travel.
-    fn path(&self, pass: Pass) -> Vec<usize> {
-        let mut path: Vec<usize> = (0..self.ranks).collect();
-        if self.layout == LayoutKind::Zigzag {
-            path.extend((0..self.ranks).rev());
-        }
-        if pass == Pass::Backward {
-            path.reverse();
-        }
-        path
-    }
-
     /// Bytes of a tensor of `heads` heads for `tokens` tokens.
     fn bytes(&self, tokens: f64, heads: f64) -> f64 {
         tokens * heads * self.dim * WIDTH
     }
 }
 
-/// Seconds of forward and of backward of the operator of linear or softmax attention, from a barrier to the slowest rank.
+/// Seconds of forward and of backward of the operator of one kind of layer, from a barrier to the slowest rank. `reaches`: how far back
+/// a truncated scan listens, in each of the two.
 pub fn operator(
     host: &Host,
     network: Option<Network>,
-    config: &Config,
+    costs: &Costs,
     method: &Method,
-    softmax: bool,
-    ranks: usize,
-    tokens: usize,
+    kind: LayerKind,
+    work: &Workload,
+    reaches: &[Reach; 2],
 ) -> Result<[f64; 2]> {
-    if ranks == 0 || tokens < ranks {
-        return Err(Error::Point { gpus: ranks, seq_len: tokens });
-    }
-    let sizes = Sizes::new(config, method.layout.unwrap_or(config.parallel.layout), ranks, tokens);
-    if softmax && method.softmax == Softmax::Ulysses && !(config.model.heads as usize).is_multiple_of(ranks) {
-        return Err(Error::Ulysses { heads: config.model.heads as usize, ranks });
+    let sizes = Sizes::new(costs, work.config);
+    let heads = work.config.model.heads as usize;
+    let softmax = kind == LayerKind::Softmax;
+    if softmax && method.softmax == Softmax::Ulysses && !heads.is_multiple_of(work.gpus) {
+        return Err(Error::Ulysses { heads, ranks: work.gpus });
     }
     let mut seconds = [0.0; 2];
-    for (seconds, pass) in seconds.iter_mut().zip([Pass::Forward, Pass::Backward]) {
-        let mut ranks = Ranks::new(host, network, ranks);
+    for ((seconds, pass), reach) in seconds.iter_mut().zip([Pass::Forward, Pass::Backward]).zip(reaches) {
+        let mut ranks = Ranks::new(host, network, work.gpus);
         match (softmax, method.linear) {
             (true, _) => softmax::run(host, &mut ranks, &sizes, method.softmax, pass, false)?,
             (false, Linear::RingLeftProduct) => softmax::run(host, &mut ranks, &sizes, Softmax::Ring, pass, true)?,
             (false, Linear::MegatronSpLeftProduct) => {
                 softmax::run(host, &mut ranks, &sizes, Softmax::MegatronSp, pass, true)?
             }
-            (false, scan) => linear::run(host, &mut ranks, &sizes, scan, pass)?,
+            (false, scan) => linear::run(host, &mut ranks, &sizes, scan, pass, reach)?,
         }
         let ends = ranks.all_now();
         let times = ranks.engine.run(host.cores());
@@ -349,7 +345,8 @@ pub fn operator(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simulate::Machine;
+    use crate::simulate::packing::repeated;
+    use crate::simulate::{Machine, operator_seconds, step_seconds};
 
     fn host() -> Host {
         Machine::load("epyc-2core").unwrap().host.unwrap()
@@ -361,10 +358,25 @@ mod tests {
     }
 
     fn takes(host: &Host, network: &str, method: &str, ranks: usize, tokens: usize) -> f64 {
-        let (network, method) = (network.parse().unwrap(), Method::parse(method).unwrap());
+        packed(host, network, method, ranks, tokens, None)
+    }
+
+    fn packed(
+        host: &Host,
+        network: &str,
+        method: &str,
+        ranks: usize,
+        tokens: usize,
+        cu_seqlens: Option<&[i64]>,
+    ) -> f64 {
+        let method = Method::parse(method).unwrap();
         let softmax = ["lasp2h", "ring", "ulysses", "megatron_sp"].contains(&method.name.split('@').next().unwrap());
+        let kind = if softmax { LayerKind::Softmax } else { LayerKind::Linear };
+        let mut machine = Machine::load("epyc-2core").unwrap();
+        machine.host = Some(Host { network: Some(network.to_owned()), ..host.clone() });
         let config = config("model.chunk=64");
-        operator(host, Some(network), &config, &method, softmax, ranks, tokens).unwrap().iter().sum()
+        let work = Workload { cu_seqlens, ..Workload::one(&config, ranks, tokens) };
+        operator_seconds(&machine, &method, kind, &work, true).unwrap()[0]
     }
 
     const QUICK: &str = "node=8,intra=1ns/1TB/s,inter=1ns/1TB/s";
@@ -392,6 +404,69 @@ mod tests {
         let shown = takes(&host, "node=2,intra=100ms/1TB/s,inter=100ms/1TB/s", "lasp2", 2, 8192);
         assert!(hidden < 1.01 * free, "{free} {hidden}");
         assert!(shown > free + 0.12 && shown < free + 0.2, "{free} {shown}");
+    }
+
+    #[test]
+    fn packed_documents_cost_what_is_left_of_them() {
+        let host = host();
+        let tokens = 8192;
+        let at = |network: &str, method: &str, length: usize| {
+            packed(&host, network, method, 4, tokens, Some(&repeated(&[length], tokens)))
+        };
+        // A sixteenth of the pairs.
+        for method in ["lasp2h", "ring@zigzag", "ulysses", "megatron_sp", "ring_left_product"] {
+            assert!(at(QUICK, method, tokens / 16) < 0.35 * at(QUICK, method, tokens), "{method}");
+        }
+        assert!((0.8..1.3).contains(&(at(QUICK, "lasp2", tokens / 16) / at(QUICK, "lasp2", tokens))));
+        // Documents of a rank's share or less leave nothing to send, and those of two shares one hop of three.
+        let slow = "node=1,intra=200ms/1TB/s,inter=200ms/1TB/s";
+        for method in ["lasp2", "lasp1", "all_scan", "hierarchical:node=2", "lasp2:truncate"] {
+            assert!(at(slow, method, tokens / 4) < 1.05 * at(QUICK, method, tokens / 4), "{method}");
+            assert!(at(slow, method, tokens) > at(QUICK, method, tokens) + 0.35, "{method}");
+        }
+        let hops = |length| at(slow, "lasp1", length) - at(QUICK, "lasp1", length);
+        assert!((0.3..0.5).contains(&hops(tokens / 2)) && hops(tokens) > 1.0, "{}", hops(tokens / 2));
+    }
+
+    #[test]
+    fn a_truncated_scan_waits_for_its_neighbours_alone() {
+        let mut machine = Machine::load("epyc-2core").unwrap();
+        machine.host.as_mut().unwrap().network = Some("node=1,intra=200ms/1TB/s,inter=200ms/1TB/s".to_owned());
+        let step = |method: &str, decay: &str| {
+            let text = format!(
+                "[model]\nheads = 2\nkv_heads = 2\ndim = 128\nlayers = 1\npattern = \"L\"\ndecay = {decay:?}\n"
+            );
+            let config = Config::from_toml_str(&text, "test", &[]).unwrap();
+            let work = Workload::one(&config, 4, 4 * 4096);
+            step_seconds(&machine, &Method::parse(method).unwrap(), &work).unwrap()
+        };
+        let of = |decay: &str| ["lasp2", "lasp2:truncate"].map(|method| step(method, decay));
+        // Forward and backward: one hop each in place of the gather's two rounds.
+        let [lasp2, truncated] = of("retention");
+        assert!((lasp2 - truncated - 0.4).abs() < 0.05, "{lasp2} {truncated}");
+        // Decays that depend on the data take two rounds of their own, in forward.
+        let [lasp2, truncated] = of("token");
+        assert!((lasp2 - truncated).abs() < 0.05, "{lasp2} {truncated}");
+        let [lasp2, truncated] = of("none");
+        assert_eq!(lasp2, truncated);
+    }
+
+    #[test]
+    fn left_products_with_a_decay_take_what_was_measured_with_one() {
+        let mut host = host();
+        let machine = |host: &Host| Machine { host: Some(host.clone()), ..Machine::load("epyc-2core").unwrap() };
+        let takes = |host: &Host, decay: &str| {
+            let config = config(&format!("model.decay={decay}"));
+            let method = Method::parse("ring_left_product").unwrap();
+            let work = Workload::one(&config, 2, 2048);
+            operator_seconds(&machine(host), &method, LayerKind::Linear, &work, true).map(|seconds| seconds[0])
+        };
+        let (without, with) = (takes(&host, "none").unwrap(), takes(&host, "lightning").unwrap());
+        assert!(with > 1.05 * without, "{without} {with}");
+        host.kernels.retain(|kernel| !kernel.name.starts_with("left_product head"));
+        assert_eq!(takes(&host, "none").unwrap(), without);
+        let error = takes(&host, "retention").unwrap_err().to_string();
+        assert!(error.contains("left_product head causal forward") && error.contains("lasp calibrate"), "{error}");
     }
 
     #[test]
@@ -426,15 +501,16 @@ mod tests {
 
     #[test]
     fn what_cannot_run_is_an_error() {
-        let at = |method: &str, ranks| {
-            let method = Method::parse(method).unwrap();
-            operator(&host(), None, &config("model.chunk=64"), &method, true, ranks, 64).unwrap_err().to_string()
+        let of = |host: Host, method: &str, ranks| {
+            let machine = Machine { host: Some(host), ..Machine::load("epyc-2core").unwrap() };
+            let (method, config) = (Method::parse(method).unwrap(), config("model.chunk=64"));
+            let work = Workload::one(&config, ranks, 64);
+            operator_seconds(&machine, &method, LayerKind::Softmax, &work, true).unwrap_err().to_string()
         };
+        let at = |method: &str, ranks| of(host(), method, ranks);
         assert!(at("ulysses", 3).contains("8 heads, 3 GPUs"));
         assert!(at("ring", 65).contains("64 tokens"));
-        let bare = Host { kernels: vec![], ..host() };
-        let method = Method::parse("ring").unwrap();
-        let error = operator(&bare, None, &config("model.chunk=64"), &method, true, 2, 64).unwrap_err().to_string();
+        let error = of(Host { kernels: vec![], ..host() }, "ring", 2);
         assert!(error.contains("was not measured: run lasp calibrate"), "{error}");
     }
 
@@ -473,7 +549,7 @@ mod tests {
         slow.host.as_mut().unwrap().network = Some("node=1,intra=20ms/100MB/s,inter=20ms/100MB/s".to_owned());
         let config = config("model.pattern=LN");
         let step = |machine: &Machine, ranks| {
-            let work = crate::simulate::Workload::one(&config, ranks, 4096);
+            let work = Workload::one(&config, ranks, 4096);
             crate::simulate::predict(machine, &Method::parse("lasp2").unwrap(), &work).unwrap()
         };
         let (near, far) = (step(&machine, 4), step(&slow, 4));

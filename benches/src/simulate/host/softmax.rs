@@ -1,10 +1,11 @@
 //! The operators in which keys meet queries of other ranks: the methods of softmax layers, and the two left products. What is
 //! copied on the way is counted as `runtime::sequence::{attention, left_product}` copy it.
 
-use runtime::config::LayoutKind;
+use kernels::softmax::Tile;
+use runtime::sequence::attention;
 
 use super::ranks::Ranks;
-use super::{Host, Pass, Sizes, pairs_kernel};
+use super::{Host, Pass, Sizes, left_product_kind, pairs_kernel};
 use crate::simulate::Result;
 use crate::simulate::method::Softmax;
 
@@ -30,7 +31,7 @@ pub(super) fn run(
 struct Attend<'a, 'b> {
     host: &'a Host,
     ranks: &'a mut Ranks<'b>,
-    sizes: &'a Sizes,
+    sizes: &'a Sizes<'a>,
     pass: Pass,
     left_product: bool,
     kv_heads: f64,
@@ -39,7 +40,7 @@ struct Attend<'a, 'b> {
 impl Attend<'_, '_> {
     /// A tile of all heads: so many queries see so many keys, the last of them as many as there are queries causally.
     fn tile(&self, queries: f64, keys: f64, causal: bool) -> Result<f64> {
-        let kind = if self.left_product { "left_product" } else { "softmax" };
+        let kind = if self.left_product { left_product_kind(self.sizes.decay) } else { "softmax" };
         let scale = self.sizes.heads * self.sizes.dim / (self.host.heads * self.host.head_dim) as f64;
         let name = |causal: bool| pairs_kernel(kind, causal, self.pass);
         let square = |causal: bool, side: f64| Ok(scale * self.host.tile(&name, causal, self.sizes.ranks, side)?);
@@ -49,6 +50,16 @@ impl Attend<'_, '_> {
         let before = square(false, (queries * (keys - queries)).max(0.0).sqrt())?;
         let merging = before > 0.0 && self.pass == Pass::Forward && !self.left_product;
         Ok(square(true, queries)? + before + if merging { self.merge(queries)? } else { 0.0 })
+    }
+
+    fn tiles(&self, tiles: &[Tile]) -> Result<f64> {
+        let length = |range: &std::ops::Range<i64>| (range.end - range.start) as f64;
+        tiles.iter().map(|tile| self.tile(length(&tile.q), length(&tile.k), tile.causal)).sum()
+    }
+
+    /// All heads and the whole sequence, document by document.
+    fn whole(&self) -> Result<f64> {
+        self.tiles(&attention::documents(&self.sizes.packing.plan(0), true))
     }
 
     /// Two partial results of so many queries: each scaled, one added, and put into its place.
@@ -68,19 +79,11 @@ impl Attend<'_, '_> {
 
     /// What `rank`'s queries see of the keys of the whole sequence, all heads.
     fn prefix(&self, rank: usize) -> Result<f64> {
-        let (t, w) = (self.sizes.tokens, self.sizes.ranks as f64);
-        match self.sizes.layout {
-            LayoutKind::Contiguous => self.tile(t, t * (rank as f64 + 1.0), true),
-            LayoutKind::Zigzag => {
-                let half = t / 2.0;
-                let ends = [rank as f64 + 1.0, 2.0 * w - rank as f64];
-                Ok(self.tile(half, half * ends[0], true)? + self.tile(half, half * ends[1], true)?)
-            }
-        }
+        self.tiles(&attention::tiles(&self.sizes.packing.plan(rank), true))
     }
 
     fn zigzag_copy(&self, bytes: f64) -> Result<f64> {
-        if self.sizes.layout == LayoutKind::Zigzag { self.host.copy(bytes) } else { Ok(0.0) }
+        if self.sizes.slots > 1.0 { self.host.copy(bytes) } else { Ok(0.0) }
     }
 
     fn lasp2h(self) -> Result<()> {
@@ -135,15 +138,11 @@ impl Attend<'_, '_> {
     /// What `rank`'s queries do with the block of `owner`.
     fn block(&self, rank: usize, owner: usize) -> Result<Option<f64>> {
         let t = self.sizes.tokens;
-        let half = t / 2.0;
-        let mine = match self.sizes.layout {
-            LayoutKind::Contiguous if owner > rank => return Ok(None),
-            LayoutKind::Contiguous => self.tile(t, t, owner == rank)?,
-            LayoutKind::Zigzag if owner == rank => self.tile(half, half, true)? + self.tile(half, t, true)?,
-            // The first half of an earlier rank's block, with all queries; all of a later one's, with the second half.
-            LayoutKind::Zigzag if owner < rank => 2.0 * self.tile(half, half, false)?,
-            LayoutKind::Zigzag => self.tile(half, t, false)?,
-        };
+        let tiles = attention::ring_tiles(&self.sizes.packing.plan(rank), owner, true);
+        if tiles.is_empty() {
+            return Ok(None);
+        }
+        let mine = self.tiles(&tiles)?;
         let rows = self.rows(t);
         let first = owner == rank;
         let more = match (self.pass, self.left_product) {
@@ -223,14 +222,14 @@ impl Attend<'_, '_> {
     }
 
     fn ulysses(mut self) -> Result<()> {
-        let (w, t, whole) = (self.sizes.ranks as f64, self.sizes.tokens, self.sizes.whole);
+        let (w, t) = (self.sizes.ranks as f64, self.sizes.tokens);
         let rows = self.rows(t);
         let keys = self.keys(t) * (w / self.kv_heads).max(1.0);
         match self.pass {
             Pass::Forward => self.exchange(rows + keys)?,
             Pass::Backward => self.exchange(rows)?,
         }
-        let seconds = self.tile(whole, whole, true)? / w;
+        let seconds = self.whole()? / w;
         self.ranks.compute_all(seconds);
         match self.pass {
             Pass::Forward => self.exchange(rows)?,
@@ -279,7 +278,7 @@ impl Attend<'_, '_> {
         let shares: Vec<f64> = (0..self.sizes.ranks)
             .map(|rank| (share(rank as f64 + 1.0) - share(rank as f64)) / self.sizes.heads)
             .collect();
-        let seconds = self.tile(self.sizes.whole, self.sizes.whole, true)?;
+        let seconds = self.whole()?;
         match self.pass {
             Pass::Forward => {
                 self.gather(rows + keys)?;
