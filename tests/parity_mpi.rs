@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use lasp_tests::mpirun;
+use libtest_mimic::{Arguments, Failed, Trial};
 
 const RANKS: [usize; 5] = [1, 2, 3, 4, 8];
 
@@ -52,22 +53,17 @@ fn main() -> ExitCode {
             }
         };
     }
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let trial = |ranks| Trial::test(format!("parity_on_{ranks}_ranks"), move || on_ranks(ranks));
+    libtest_mimic::run(&arguments, RANKS.map(trial).into()).exit_code()
+}
+
+fn on_ranks(ranks: usize) -> Result<(), Failed> {
     if !cfg!(feature = "mpi") || !mpirun::available() {
         println!("not tested: no mpirun, or built without mpi");
-        println!("test result: ok. 0 passed; 0 failed; {} ignored; 0 measured; 0 filtered out", RANKS.len());
-        return ExitCode::SUCCESS;
+        return Ok(());
     }
-    let program = std::env::current_exe().expect("this program has a path");
-    let mut failed = 0;
-    for ranks in RANKS {
-        let ok = mpirun::mpirun(ranks, &program).status().is_ok_and(|status| status.success());
-        println!("test parity under mpirun, {ranks} ranks ... {}", if ok { "ok" } else { "FAILED" });
-        failed += usize::from(!ok);
-    }
-    let outcome = if failed == 0 { "ok" } else { "FAILED" };
-    println!(
-        "test result: {outcome}. {} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out",
-        RANKS.len() - failed
-    );
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let status = mpirun::mpirun(ranks, &std::env::current_exe()?).status()?;
+    if status.success() { Ok(()) } else { Err(format!("mpirun: {status}").into()) }
 }

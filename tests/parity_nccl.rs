@@ -8,72 +8,66 @@ use std::env;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use collectives::nccl;
 use lasp_tests::mpirun;
+use libtest_mimic::{Arguments, Failed, Trial};
 use tch::Cuda;
 
 const RANKS: [usize; 3] = [1, 2, 4];
 
 fn main() -> ExitCode {
-    match if mpirun::inside() { on_this_rank().map(|()| 0) } else { on_all_ranks() } {
-        Ok(0) => ExitCode::SUCCESS,
-        Ok(_) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("{error:#}");
-            ExitCode::FAILURE
-        }
+    if mpirun::inside() {
+        return match on_this_rank() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error:#}");
+                ExitCode::FAILURE
+            }
+        };
     }
+    let ranks: Vec<usize> = match env::var("LASP_PARITY_RANKS") {
+        Ok(named) => match named.split_whitespace().map(str::parse).collect() {
+            Ok(ranks) => ranks,
+            Err(error) => {
+                eprintln!("LASP_PARITY_RANKS={named}: {error}");
+                return ExitCode::FAILURE;
+            }
+        },
+        Err(_) => RANKS.to_vec(),
+    };
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let trial = |ranks| Trial::test(format!("parity_on_{ranks}_ranks"), move || on_ranks(ranks));
+    libtest_mimic::run(&arguments, ranks.into_iter().map(trial).collect()).exit_code()
 }
 
-/// Gives the number of jobs that failed.
-fn on_all_ranks() -> Result<usize> {
-    let named = env::var("LASP_PARITY_RANKS").ok();
-    let ranks = match &named {
-        Some(named) => {
-            named.split_whitespace().map(str::parse).collect::<Result<_, _>>().context("LASP_PARITY_RANKS")?
-        }
-        None => RANKS.to_vec(),
-    };
-    let summary = |failed: usize, passed: usize| {
-        let outcome = if failed == 0 { "ok" } else { "FAILED" };
-        let ignored = ranks.len() - failed - passed;
-        println!(
-            "test result: {outcome}. {passed} passed; {failed} failed; {ignored} ignored; 0 measured; 0 filtered out"
-        );
-    };
-    if let Some(missing) = missing()? {
+fn on_ranks(ranks: usize) -> Result<(), Failed> {
+    if let Some(missing) = missing(ranks) {
         println!("not tested: {missing}");
-        summary(0, 0);
-        return Ok(0);
+        return Ok(());
     }
-    let (gpus, version) = (Cuda::device_count(), nccl::Library::open(None)?.version());
-    let shared = version >= nccl::SHARES_GPUS && env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1");
-    println!("{gpus} GPUs, NCCL {version}");
-    let (mut failed, mut passed) = (0, 0);
-    for &ranks in &ranks {
-        if ranks as i64 > gpus && !shared {
-            println!("not tested: {ranks} ranks need as many GPUs, or NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1");
-            continue;
-        }
-        let job = mpirun::mpirun(ranks, &env::current_exe()?).status();
-        let ok = job.is_ok_and(|status| status.success());
-        println!("test parity over NCCL, {ranks} ranks ... {}", if ok { "ok" } else { "FAILED" });
-        *if ok { &mut passed } else { &mut failed } += 1;
-    }
-    summary(failed, passed);
-    Ok(failed)
+    let status = mpirun::mpirun(ranks, &env::current_exe()?).status()?;
+    if status.success() { Ok(()) } else { Err(format!("mpirun: {status}").into()) }
 }
 
-/// What this machine lacks.
-fn missing() -> Result<Option<String>> {
+/// What this machine lacks for so many ranks.
+fn missing(ranks: usize) -> Option<String> {
     if !cfg!(feature = "mpi") || !mpirun::available() {
-        return Ok(Some("no mpirun, or built without mpi".into()));
+        return Some("no mpirun, or built without mpi".into());
     }
-    if open_cuda().is_err() || Cuda::device_count() < 1 {
-        return Ok(Some("no CUDA device".into()));
+    let gpus = open_cuda().map_or(0, |()| Cuda::device_count());
+    if gpus < 1 {
+        return Some("no CUDA device".into());
     }
-    Ok(nccl::Library::open(None).err().map(|error| error.to_string()))
+    let version = match nccl::Library::open(None) {
+        Ok(library) => library.version(),
+        Err(error) => return Some(error.to_string()),
+    };
+    let shared = version >= nccl::SHARES_GPUS && env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1");
+    (ranks as i64 > gpus && !shared).then(|| {
+        format!("{ranks} ranks need as many GPUs, or NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1; here: {gpus}, NCCL {version}")
+    })
 }
 
 /// libtorch's CUDA part, after another NCCL if one is named.
@@ -86,6 +80,7 @@ fn open_cuda() -> Result<()> {
 
 #[cfg(feature = "mpi")]
 fn on_this_rank() -> Result<()> {
+    use anyhow::{Context, ensure};
     use collectives::mpi;
     use std::sync::Arc;
     use std::time::Duration;

@@ -44,32 +44,31 @@ fn main() -> ExitCode {
     if args.first().is_some_and(|arg| arg == "rank") {
         return rank(&args[1..]);
     }
+    launcher::main(TESTS, |test| match missing(test.ranks) {
+        Some(missing) => {
+            println!("not tested: {missing}");
+            Ok(())
+        }
+        None => run(test),
+    })
+}
+
+/// What this machine lacks for so many ranks.
+fn missing(ranks: usize) -> Option<String> {
     let gpus = match open_cuda() {
         Ok(_) => Cuda::device_count(),
         Err(_) => 0,
     };
     if gpus < 1 {
-        println!("not tested: no CUDA device");
-        return ExitCode::SUCCESS;
+        return Some("no CUDA device".into());
     }
     let version = match nccl::Library::open(None) {
         Ok(library) => library.version(),
-        Err(error) => {
-            println!("not tested: {error}");
-            return ExitCode::SUCCESS;
-        }
+        Err(error) => return Some(error.to_string()),
     };
     let shared = version >= nccl::SHARES_GPUS && env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1");
-    println!("{gpus} GPUs, NCCL {version}");
-    launcher::main(TESTS, |test| {
-        if test.ranks as i64 > gpus && !shared {
-            println!(
-                "not tested: {} ranks need as many GPUs, or NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1",
-                test.ranks
-            );
-            return Ok(());
-        }
-        run(test)
+    (ranks as i64 > gpus && !shared).then(|| {
+        format!("{ranks} ranks need as many GPUs, or NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1; here: {gpus}, NCCL {version}")
     })
 }
 

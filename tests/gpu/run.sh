@@ -5,7 +5,7 @@
 #   tests/gpu/run.sh [nccl] [parity] [training] [kernels] [attend] [compare]      all of them if none is named
 #
 # LASP_NCCL names another libnccl.so.2 than libtorch's own: several ranks on one GPU need 2.30 or later. LASP_PROGRAMS is a folder
-# that holds the programs (lasp, nccl, parity_nccl, cuda, cuda_linear, cuda_packed), LASP_LOGS one for their output. LASP_LIMIT:
+# that holds the programs (lasp, nccl, parity_nccl, cuda, cuda_linear, cuda_packed, cuda_mma), LASP_LOGS one for their output. LASP_LIMIT:
 # seconds for each part. `attend` wants a python3 with torch and safetensors.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -22,7 +22,7 @@ if [ -z "${LASP_PROGRAMS:-}" ]; then
   mkdir -p "$LASP_PROGRAMS"
   cargo build --release --package lasp || exit 1
   ln -sf "$PWD/target/release/lasp" "$LASP_PROGRAMS/lasp"
-  for at in collectives/nccl lasp-tests/parity_nccl kernels/cuda kernels/cuda_linear kernels/cuda_packed; do
+  for at in collectives/nccl lasp-tests/parity_nccl kernels/cuda kernels/cuda_linear kernels/cuda_packed kernels/cuda_mma; do
     program=$(cargo test --release --no-run --package "${at%/*}" --test "${at#*/}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
     [ -n "$program" ] || { echo "cannot build $at"; exit 1; }
     ln -sf "$PWD/$program" "$LASP_PROGRAMS/${at#*/}"
@@ -32,7 +32,7 @@ P=$LASP_PROGRAMS
 
 nccl() { "$P/nccl"; }
 parity() { "$P/parity_nccl"; }
-kernels() { for of in cuda cuda_linear cuda_packed; do "$P/$of" --test-threads=1 || return 1; done; }
+kernels() { for of in cuda cuda_linear cuda_packed cuda_mma; do "$P/$of" --test-threads=1 || return 1; done; }
 attend() { LASP=$P/lasp python3 tests/pytorch/attend.py --device cuda; }
 
 # 20 steps of a small model, pure linear and hybrid: the losses of 1, 2 and 4 ranks with GPUs are those of one CPU.

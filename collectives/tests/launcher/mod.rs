@@ -1,7 +1,7 @@
-//! A test harness for tests whose ranks are processes: runs a list of jobs one after another and reports as libtest does.
+//! For tests whose ranks are processes: runs a list of jobs as tests.
 
+use libtest_mimic::{Arguments, Trial};
 use std::{
-    env,
     io::Read,
     process::{Child, Command, ExitCode, Stdio},
     thread::{self, JoinHandle},
@@ -17,31 +17,12 @@ pub struct Test {
     pub told: &'static [&'static str],
 }
 
-/// Runs the tests that the command line chooses: arguments that are not options are parts of names.
-pub fn main(tests: &[Test], run: impl Fn(&Test) -> Result<(), String>) -> ExitCode {
-    let chosen: Vec<String> = env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
-    let (mut passed, mut failed, started) = (0, 0, Instant::now());
-    let is_chosen = |name: &str| chosen.is_empty() || chosen.iter().any(|part| name.contains(part.as_str()));
-    for test in tests.iter().filter(|test| is_chosen(test.name)) {
-        match run(test) {
-            Ok(()) => {
-                println!("test {} ... ok", test.name);
-                passed += 1;
-            }
-            Err(why) => {
-                println!("test {} ... FAILED\n{why}", test.name);
-                failed += 1;
-            }
-        }
-    }
-    println!(
-        "\ntest result: {}. {passed} passed; {failed} failed; 0 ignored; 0 measured; {} filtered out; \
-         finished in {:.2}s\n",
-        if failed == 0 { "ok" } else { "FAILED" },
-        tests.len() - passed - failed,
-        started.elapsed().as_secs_f64()
-    );
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+/// Runs the tests that the command line chooses, one after another.
+pub fn main(tests: &'static [Test], run: fn(&Test) -> Result<(), String>) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let trials = tests.iter().map(|test| Trial::test(test.name, move || Ok(run(test)?))).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
 }
 
 /// How a job ended.
