@@ -175,7 +175,11 @@ extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant_
         const Chain c = p.chains[blockIdx.x];
         const int entry = p.reverse ? c.final : c.entry, final = p.reverse ? c.entry : c.final, row = at / p.dv;
         float4 state = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (entry >= 0 && p.external) state = *reinterpret_cast<const float4*>(p.external + entry * size + at);
+        if (entry >= 0 && p.external) {
+            // Part of a message, which need not begin at 16 bytes.
+            const float* from = p.external + entry * size + at;
+            state = make_float4(from[0], from[1], from[2], from[3]);
+        }
 #pragma unroll 4
         for (int i = 0; i < c.count; ++i) {
             const int slot = c.first + (p.reverse ? c.count - 1 - i : i);
@@ -481,6 +485,7 @@ DEVICE void weigh_exactly(float (&others)[2][4], float (&self)[2][4], Lanes& sco
             self[b][2 * e] = own.x;
             self[b][2 * e + 1] = own.y;
         }
+    __syncwarp();  // lanes had more or fewer pairs; products come next
 }
 
 // Of one group: what an outer warp's state gave, `through`, and what the group gives itself make dq or dk, and what goes

@@ -2,15 +2,15 @@
 //! them one by one, and the bits of a call for each where no document is cut among blocks of threads. On a GPU or, with few
 //! tokens, on the emulator.
 
+mod common;
 mod emulator;
 
+use common::{SCALE, joined, milliseconds, poison};
 use kernels::cuda::linear::{Fused, supports};
 use kernels::linear::chunkwise::Chunkwise;
 use kernels::linear::{Grads, Inputs, Piece, StateMixer};
 use kernels::testing::{self, assert_close, rand, relative_rms};
 use tch::{Device, Kind, Tensor};
-
-const SCALE: f64 = 0.7;
 
 /// The state at a document's start: none, zero (but its gradient is asked for), with the call, after the rest has run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -41,24 +41,7 @@ struct Heads {
 }
 
 fn hopper() -> Option<Device> {
-    let device = emulator::device(90)?;
-    let x = Tensor::zeros([1, 1, 1, 8], (Kind::BFloat16, device));
-    let there = supports(&Inputs::new(&x, &x, &x, None).unwrap());
-    if !there {
-        println!("not tested: the GPU is not of compute capability 9.0");
-    }
-    there.then_some(device)
-}
-
-/// Fills what the allocator will hand out next with NaN.
-fn poison(device: Device) {
-    let sizes = [1, 3].map(|odd| (4..15).map(move |power| odd << power));
-    let junk: Vec<_> = sizes
-        .into_iter()
-        .flatten()
-        .flat_map(|size: i64| (0..4).map(move |_| Tensor::full([size], f64::NAN, (Kind::Float, device))))
-        .collect();
-    drop(junk);
+    common::device(90, supports)
 }
 
 /// One sequence of documents with what enters and leaves them.
@@ -202,15 +185,7 @@ impl Packed {
             }
             grads.push(segment.finish().unwrap());
         }
-        let cat = |f: &dyn Fn(&Grads) -> Tensor| Tensor::cat(&grads.iter().map(f).collect::<Vec<_>>(), 1);
-        let dlog_decay = self.x.decay.tensor().map(|_| cat(&|g| g.dlog_decay.as_ref().unwrap().shallow_clone()));
-        let grads = Grads {
-            dq: cat(&|g| g.dq.shallow_clone()),
-            dk: cat(&|g| g.dk.shallow_clone()),
-            dv: cat(&|g| g.dv.shallow_clone()),
-            dlog_decay,
-        };
-        Results { o: Tensor::cat(&o, 1), ends, starts, grads }
+        Results { o: Tensor::cat(&o, 1), ends, starts, grads: joined(&grads) }
     }
 }
 
@@ -234,39 +209,23 @@ impl Results {
     }
 }
 
-/// The whole `[T, T]` matrix of scores of each document, in kind `kind`, differentiated by libtorch.
+/// [`common::naive`] of one document after another.
 fn naive(packed: &Packed, kind: Kind) -> Results {
     let Packed { x, d_o, documents, entries, exits } = packed.in_kind(kind, Device::Cpu);
-    let [q, k, v] = [&x.q, &x.k, &x.v].map(|x| x.set_requires_grad(true));
-    let (b, t, h, dk) = q.size4().unwrap();
-    let g = x.decay.tensor().map(|g| if g.dim() == 1 { g.expand([b, t, h], false).contiguous() } else { g.copy() });
-    let g = g.unwrap_or_else(|| Tensor::zeros([b, t, h], (kind, Device::Cpu))).set_requires_grad(true);
-    let state = |given: &Option<Tensor>| {
-        let zeros = || Tensor::zeros([b, h, dk, v.size()[3]], (kind, Device::Cpu));
-        given.as_ref().map_or_else(zeros, Tensor::shallow_clone).set_requires_grad(true)
-    };
-    let (mut all_o, mut ends, mut starts) = (Vec::new(), Vec::new(), Vec::new());
-    let mut sum = Tensor::zeros([], (kind, Device::Cpu));
+    let (b, _, h, dk) = x.q.size4().unwrap();
+    let zeros = Tensor::zeros([b, h, dk, x.v.size()[3]], (kind, Device::Cpu));
+    let (mut all_o, mut ends, mut starts, mut grads) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (i, document) in documents.iter().enumerate() {
         let (start, length) = packed.range(i);
-        let heads = |x: &Tensor| x.narrow(1, start, length).transpose(1, 2);
-        let (q, k, v, g, m) = (heads(&q), heads(&k), heads(&v), heads(&g), state(&entries[i]));
-        let sums = g.cumsum(-1, kind); // [B, H, T]
-        let decay = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).tril(0).exp().tril(0);
-        let o = (q.matmul(&k.transpose(-1, -2)) * decay).matmul(&v) + (&q * sums.exp().unsqueeze(-1)).matmul(&m);
-        let total = sums.narrow(2, length - 1, 1);
-        let left = (&k * (&total - &sums).exp().unsqueeze(-1)).transpose(-1, -2).matmul(&v);
-        let end = &m * total.exp().unsqueeze(-1) + left;
-        sum += (&end * state(&exits[i]).detach()).sum(kind);
-        all_o.push(o.transpose(1, 2) * SCALE);
-        ends.extend((document.2 != End::Nothing).then(|| end.detach()));
-        starts.extend((document.1 != Start::Nothing).then_some(m));
+        let (x, d_o) = (x.narrow(start, length).unwrap(), d_o.narrow(1, start, length));
+        let [entry, exit] = [&entries[i], &exits[i]].map(|state| state.as_ref().unwrap_or(&zeros));
+        let all = common::naive(&x, &d_o, entry, exit, kind);
+        all_o.push(all.o);
+        ends.extend((document.2 != End::Nothing).then_some(all.end));
+        starts.extend((document.1 != Start::Nothing).then_some(all.d_initial));
+        grads.push(all.grads);
     }
-    let o = Tensor::cat(&all_o, 1);
-    (sum + (&o * d_o).sum(kind)).backward();
-    let dlog_decay = x.decay.tensor().map(|_| g.grad());
-    let grads = Grads { dq: q.grad(), dk: k.grad(), dv: v.grad(), dlog_decay };
-    Results { o: o.detach(), ends, starts: starts.iter().map(Tensor::grad).collect(), grads }
+    Results { o: Tensor::cat(&all_o, 1), ends, starts, grads: joined(&grads) }
 }
 
 /// The largest relative error of a number rounded to bf16.
@@ -289,6 +248,7 @@ fn check(documents: &[Document], heads: Heads, decay: &str, device: Device, alon
     }
     if alone {
         let alone = packed.one_by_one(&mixer);
+        assert_eq!(alone.named().len(), ours.named().len());
         for ((what, ours), (_, alone)) in ours.named().into_iter().zip(alone.named()) {
             assert!(ours.equal(alone), "{what}, {decay}, {heads:?}, {documents:?}: other bits than by itself");
         }
@@ -380,14 +340,6 @@ fn what_no_piece_has_said_is_an_error() {
 fn time() {
     let Some(device) = hopper().filter(|&device| !emulator::slow(device)) else { return };
     let mixer = Fused::new(Chunkwise::new(64, SCALE).unwrap());
-    let time = |f: &dyn Fn()| {
-        (0..3).for_each(|_| f());
-        tch::Cuda::synchronize(0);
-        let start = std::time::Instant::now();
-        (0..20).for_each(|_| f());
-        tch::Cuda::synchronize(0);
-        start.elapsed().as_secs_f64() * 50.0
-    };
     for decay in ["none", "token"] {
         for length in [16384, 4096, 1000, 256, 64, 16, 1] {
             let documents = vec![Document(length, Start::Nothing, End::Nothing); 16384 / length as usize];
@@ -405,12 +357,12 @@ fn time() {
                 segment.run_grad().unwrap();
                 segment.finish().unwrap()
             };
-            let (f, fb) = (time(&|| drop(forward())), time(&|| drop(both())));
+            let (f, fb) = (milliseconds(20, &|| drop(forward())), milliseconds(20, &|| drop(both())));
             print!("{decay}, {} documents of {length}: forward {f:.3} ms, with backward {fb:.3} ms", documents.len());
             if documents.len() <= 64 {
                 print!(
                     "; in a call for each, with states at both ends, {:.3} ms",
-                    time(&|| drop(packed.one_by_one(&mixer)))
+                    milliseconds(20, &|| drop(packed.one_by_one(&mixer)))
                 );
             }
             println!();

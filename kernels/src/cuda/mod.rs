@@ -16,6 +16,7 @@ pub mod linear;
 pub mod mma;
 mod nvrtc;
 pub mod ops;
+mod segments;
 
 use std::collections::HashMap;
 use std::ffi::c_void;

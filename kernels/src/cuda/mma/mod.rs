@@ -2,22 +2,21 @@
 //! `kernels/cuda/linear_mma.cu`. What Hopper's own kernels ([`super::linear`]) take is quicker there.
 //!
 //! [`Fused`] is a mixer that uses these kernels where [`supports`] says so and another mixer where not; [`families`] says
-//! which kernels a model takes.
+//! which kernels a model takes. This file says which pass computes what, [`passes`] launches; all else is shared with other
+//! kernels, in [`super::segments`].
 
-mod backward;
-mod forward;
 mod passes;
 
 use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 
-use super::{gpu, linear, runs_on};
-use crate::linear::{BackwardSegment, Decay, ForwardSegment, Inputs, Piece, StateMixer, Summary, Transition};
-use crate::linear::{check, check_grad};
-use crate::{Error, Result};
-use passes::{Call, tileable};
+use super::segments::{self, Call, DecayGrad, Family, Out, Part, Pass, Sums, aligned, fits};
+use super::{Gpu, Kernel, gpu, linear};
+use crate::Result;
+use crate::linear::{Decay, Inputs, Piece, StateMixer};
 pub use passes::{Form, LINEAR_MMA, Variant};
+use passes::{Run, SLICE, WIDEST, dual, widest};
 
 /// Whether models use these kernels without being told to.
 pub const BY_DEFAULT: bool = false;
@@ -29,225 +28,109 @@ pub fn families<M: StateMixer + 'static>(other: M) -> Arc<dyn StateMixer> {
 
 /// Whether the kernels take these inputs: bf16, f16 or f32 on compute capability 8.0 or later, sizes that are multiples of 8.
 pub fn supports(x: &Inputs) -> bool {
-    let device = x.q.device();
-    let sizes = [x.q.size(), x.v.size()];
-    runs_on(device)
+    fits(x)
         && matches!(x.q.kind(), Kind::BFloat16 | Kind::Half | Kind::Float)
-        && sizes.iter().all(|s| s.iter().all(|&n| n > 0) && s[3] % 8 == 0)
-        && gpu(device).is_ok_and(|gpu| gpu.major >= 8)
+        && gpu(x.q.device()).is_ok_and(|gpu| gpu.major >= 8)
 }
 
-/// These kernels, and `other` for what they do not take.
-pub struct Fused<M> {
-    other: M,
+/// These kernels, and another mixer for what they do not take.
+pub type Fused<M> = segments::Fused<Mma, M>;
+
+/// The kernels of `linear_mma.cu`, on a GPU and for a form of decay.
+pub struct Mma {
+    gpu: Gpu,
+    form: Form,
 }
 
-impl<M: StateMixer> Fused<M> {
-    pub fn new(other: M) -> Self {
-        Self { other }
+impl Family for Mma {
+    fn supports(x: &Inputs) -> bool {
+        supports(x)
     }
 
-    fn takes(&self, x: &Inputs) -> bool {
-        supports(x) && self.scale() != 0.0
-    }
-}
-
-impl<M: StateMixer> StateMixer for Fused<M> {
-    fn scale(&self) -> f64 {
-        self.other.scale()
-    }
-
-    fn forward_pieces(
-        &self,
-        x: &Inputs,
-        pieces: &[Piece],
-        entries: &[Option<Tensor>],
-    ) -> Result<Box<dyn ForwardSegment>> {
-        if !self.takes(x) {
-            return self.other.forward_pieces(x, pieces, entries);
-        }
-        check(x, pieces, entries)?;
-        Ok(Box::new(forward::Forward::new(x, pieces, entries, self.scale())?))
-    }
-
-    fn backward_pieces(
-        &self,
-        x: &Inputs,
-        pieces: &[Piece],
-        entries: &[Option<Tensor>],
-        d_o: &Tensor,
-        saved: Option<Vec<Tensor>>,
-    ) -> Result<Box<dyn BackwardSegment>> {
-        if !self.takes(x) {
-            return self.other.backward_pieces(x, pieces, entries, d_o, saved);
-        }
-        check(x, pieces, entries)?;
-        check_grad(x, d_o)?;
-        Ok(Box::new(backward::Backward::new(x, pieces, entries, d_o, saved, self.scale())?))
-    }
-}
-
-/// Where it lies if the kernels can read it there, else a copy.
-fn tiles(x: &Tensor) -> Result<Tensor> {
-    Ok(if tileable(x) { x.shallow_clone() } else { x.f_contiguous()? })
-}
-
-fn call(x: &Inputs, pieces: &[Piece]) -> Result<Call> {
-    let (b, t, h, _) = x.k.size4()?;
-    let (form, log_decay) = match &x.decay {
-        Decay::None => (Form::None, None),
-        Decay::Head(g) => {
-            let g = g.f_to_kind(Kind::Float)?.f_view([1, 1, h])?.f_expand([b, t, h], false)?;
-            (Form::Scalar, Some(g))
-        }
-        Decay::Token(g) => (Form::Scalar, Some(g.f_to_kind(Kind::Float)?)),
-        Decay::Channel(g) => {
-            let kind = if g.kind() == x.q.kind() { g.kind() } else { Kind::Float };
-            (Form::Channel, Some(tiles(&g.f_to_kind(kind)?)?))
-        }
-    };
-    Call::new(&x.k, &x.v, pieces, form, log_decay)
-}
-
-/// The transition of a piece with its row of `states` `[rows, K, V]`, which leave in this direction.
-fn summary(call: &Call, reverse: bool, piece: usize, states: &Tensor) -> Result<Summary> {
-    let transition = match &call.log_decay {
-        None => Transition::Identity,
-        Some(g) => {
-            let (start, length) = call.range(piece);
-            let sum = g.f_narrow(1, start, length)?.f_sum_dim_intlist(1, false, Kind::Float)?;
-            if call.form == Form::Channel { Transition::Channel(sum) } else { Transition::Scalar(sum) }
-        }
-    };
-    let (row, sizes) = (call.row(!reverse, piece)?, states.size());
-    let state = states.f_narrow(0, row, call.b * call.h)?.f_view([call.b, call.h, sizes[1], sizes[2]])?;
-    Ok(Summary { transition, state })
-}
-
-/// Adds a state to that of its piece.
-fn add(states: &mut [Option<Tensor>], piece: usize, state: &Tensor) -> Result<()> {
-    states[piece] = Some(match states[piece].take() {
-        Some(before) => before.f_add(state)?,
-        None => state.shallow_clone(),
-    });
-    Ok(())
-}
-
-fn clones(states: &[Option<Tensor>]) -> Vec<Option<Tensor>> {
-    states.iter().map(|state| state.as_ref().map(Tensor::shallow_clone)).collect()
-}
-
-/// Channels of one launch: `(first, number)` in K and in V.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Part {
-    k: (i64, i64),
-    v: (i64, i64),
-}
-
-/// Heads wider than `widest` in parts. Scores are sums over parts of K, and so is everything linear in them.
-fn parts((dk, dv): (i64, i64), widest: (i64, i64)) -> Vec<Part> {
-    let cut = |d: i64, most: i64| (0..d).step_by(most as usize).map(move |start| (start, most.min(d - start)));
-    cut(dk, widest.0).flat_map(|k| cut(dv, widest.1).map(move |v| Part { k, v })).collect()
-}
-
-impl Part {
-    fn keys(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.f_narrow(3, self.k.0, self.k.1)?)
-    }
-
-    fn values(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.f_narrow(3, self.v.0, self.v.1)?)
-    }
-
-    fn log_decay(&self, call: &Call) -> Result<Option<Tensor>> {
-        let of = |g: &Tensor| if call.form == Form::Channel { self.keys(g) } else { Ok(g.shallow_clone()) };
-        call.log_decay.as_ref().map(of).transpose()
-    }
-
-    /// The states `[B, H, K, V]` that enter pieces from outside as the kernels take them, `[rows, K, V]`, if there are any.
-    fn external(&self, call: &Call, reverse: bool, states: &[Option<Tensor>]) -> Result<Option<Tensor>> {
-        if states.iter().all(Option::is_none) {
-            return Ok(None);
-        }
-        let sizes = [call.b * call.h, self.k.1, self.v.1];
-        let of = |piece: usize| match &states[piece] {
-            Some(state) => {
-                let part = state.f_narrow(2, self.k.0, self.k.1)?.f_narrow(3, self.v.0, self.v.1)?;
-                Ok(part.f_to_kind(Kind::Float)?.f_contiguous()?.f_view(sizes)?)
-            }
-            None => Ok(Tensor::f_zeros(sizes, (Kind::Float, call.device))?),
+    fn call(x: &Inputs, pieces: &[Piece]) -> Result<Call<Self>> {
+        let form = match x.decay {
+            Decay::None => Form::None,
+            Decay::Head(_) | Decay::Token(_) => Form::Scalar,
+            Decay::Channel(_) => Form::Channel,
         };
-        let mut rows = call.entered(reverse).map(of).collect::<Result<Vec<_>>>()?;
-        Ok(Some(if rows.len() == 1 { rows.swap_remove(0) } else { Tensor::f_cat(&rows, 0)? }))
-    }
-}
-
-/// The sums of one part's segments in one direction, as far as they are known.
-struct Sums {
-    part: Part,
-    reverse: bool,
-    /// `[slots, K, V]`.
-    sums: Tensor,
-    /// `[slots, K]`, if there is a decay.
-    decays: Option<Tensor>,
-    /// Of segments that another follows; of those at the chains' ends.
-    known: (bool, bool),
-}
-
-impl Sums {
-    fn new(call: &Call, part: Part, reverse: bool) -> Result<Self> {
-        let slots = call.plan.slots;
-        let sums = call.empty(&[slots, part.k.1, part.v.1])?;
-        let decays = call.log_decay.is_some().then(|| call.empty(&[slots, part.k.1])).transpose()?;
-        Ok(Self { part, reverse, sums, decays, known: (false, false) })
+        let gpu = gpu(x.k.device())?;
+        let (dk, dv) = (x.k.size()[3].min(WIDEST), x.v.size()[3].min(WIDEST));
+        let forward = Variant { dk, dv, ..Variant::forward(x.k.kind(), form) };
+        let blocks = forward.at_once(forward.threads()) * i64::from(gpu.multiprocessors);
+        Call::new(Self { gpu, form }, x, pieces, blocks)
     }
 
-    fn all(call: &Call, dk: i64, dv: i64, reverse: bool) -> Result<Vec<Self>> {
-        parts((dk, dv), call.widest()).into_iter().map(|part| Self::new(call, part, reverse)).collect()
+    fn tileable(x: &Tensor) -> bool {
+        aligned(x)
     }
 
-    /// Sums `scale key^T value`, of all channels' tensors, where that is not done yet; at the chains' ends only if `ends`.
-    fn ensure(&mut self, call: &Call, (keys, values): (&Tensor, &Tensor), scale: f64, ends: bool) -> Result<()> {
-        let missing = (!self.known.0, ends && !self.known.1);
-        if missing != (false, false) {
-            let of = (&self.part.keys(keys)?, &self.part.values(values)?);
-            let log_decay = self.part.log_decay(call)?;
-            let decays = self.decays.as_ref();
-            call.summarize(self.reverse, missing, of, log_decay.as_ref(), scale, &self.sums, decays)?;
-            self.known = (true, self.known.1 || ends);
+    fn widest(call: &Call<Self>) -> (i64, i64) {
+        widest(call.kind, i64::from(call.family.gpu.shared))
+    }
+
+    fn decays(call: &Call<Self>, dk: i64) -> Option<Vec<i64>> {
+        call.log_decay.as_ref().map(|_| vec![call.plan.slots, dk])
+    }
+
+    fn summarize(call: &Call<Self>, sums: &Sums, which: i32, key: &Tensor, value: &Tensor, scale: f64) -> Result<()> {
+        call.summarize(sums, which, key, value, scale)
+    }
+
+    fn combine(call: &Call<Self>, dk: i64, dv: i64) -> Result<(Kernel, Vec<i64>)> {
+        Ok((call.combine_kernel(dk, dv)?, vec![dk, dv]))
+    }
+
+    fn output(call: &Call<Self>, x: &Pass, late: bool, o: Out) -> Result<()> {
+        let inner = Some(o);
+        call.run(false, late, &Run { x, d_o: None, inner, outer: None, entry_scale: 1.0, dots: None, decay_grad: None })
+    }
+
+    /// In the place of the result where that is not wanted for another part too.
+    fn dots(call: &Call<Self>, part: Part, all: &Tensor) -> Result<Tensor> {
+        let Call { b, t, h, dv, .. } = *call;
+        match call.family.form {
+            Form::Channel if part.v.1 == dv => part.keys(all),
+            Form::Channel => call.empty(&[b, t, h, part.k.1]),
+            _ => call.empty(&[b, t, h, (part.k.1 + SLICE - 1) / SLICE]),
+        }
+    }
+
+    fn queries(call: &Call<Self>, x: &Pass, d_o: &Tensor, dq: Out, dots: Option<&Tensor>) -> Result<()> {
+        let (d_o, outer) = (Some(d_o), Some(dq));
+        call.run(false, false, &Run { x, d_o, inner: None, outer, entry_scale: 1.0, dots, decay_grad: None })
+    }
+
+    fn keys(call: &Call<Self>, x: &Pass, d_o: &Tensor, dk: Out, dv: Out, decay: Option<DecayGrad>) -> Result<()> {
+        let scalar = call.family.form == Form::Scalar;
+        let to = match &decay {
+            // In place: every number is read before it is written, by the same thread.
+            Some(decay) if scalar => Some(decay.dots.shallow_clone()),
+            Some(decay) => Some(x.part.keys(decay.out.to)?),
+            None => None,
+        };
+        let out = to.as_ref().map(|to| Out { to, add: !scalar && x.part.v.0 > 0 });
+        let decay_grad = decay.as_ref().zip(out).map(|(decay, out)| DecayGrad { out, ..*decay });
+        let run = |inner: Option<Out>, outer: Option<Out>| {
+            let decay_grad = decay_grad.as_ref().filter(|_| outer.is_some());
+            let dots = decay_grad.map(|grad| grad.dots);
+            let entry_scale = 1.0 / x.scale;
+            call.run(true, false, &Run { x, d_o: Some(d_o), inner, outer, entry_scale, dots, decay_grad })
+        };
+        if dual(call.kind) {
+            run(Some(dv), Some(dk))?;
+        } else {
+            run(Some(dv), None)?;
+            run(None, Some(dk))?;
+        }
+        if let (true, Some(decay), Some(slices)) = (scalar, &decay, &to) {
+            let sum = slices.f_sum_dim_intlist(-1, false, Kind::Float)?;
+            let mut all = decay.out.to.shallow_clone();
+            if decay.out.add {
+                let _ = all.f_add_(&sum)?;
+            } else {
+                all.f_copy_(&sum)?;
+            }
         }
         Ok(())
     }
-
-    /// The states `[slots, K, V]` that enter the segments, with those of `external` entering their pieces, and into `finals`
-    /// `[rows, K, V]`, of the whole head, those that leave them.
-    fn entries(&self, call: &Call, external: &[Option<Tensor>], finals: Option<&Tensor>) -> Result<Tensor> {
-        let entries = call.empty(&self.sums.size())?;
-        let external = self.part.external(call, self.reverse, external)?;
-        let ((k, dk), (v, dv)) = (self.part.k, self.part.v);
-        let there = finals.map(|finals| finals.f_narrow(1, k, dk)?.f_narrow(2, v, dv)).transpose()?;
-        let here = there.as_ref().map(|there| match there.is_contiguous() {
-            true => Ok(there.shallow_clone()),
-            false => call.empty(&there.size()),
-        });
-        let here = here.transpose()?;
-        let (sums, decays) = (Some(&self.sums), self.decays.as_ref());
-        call.combine(self.reverse, sums, decays, external.as_ref(), &entries, here.as_ref())?;
-        if let (Some(mut there), Some(here)) = (there.filter(|there| !there.is_contiguous()), here) {
-            there.f_copy_(&here)?;
-        }
-        Ok(entries)
-    }
-}
-
-/// States that forward has saved, if they are as many as the parts; an error where they have another shape.
-fn checked(saved: Option<Vec<Tensor>>, sums: &[Sums]) -> Result<Option<Vec<Tensor>>> {
-    for (i, saved) in saved.iter().flatten().enumerate() {
-        let expected = sums.get(i).map(|sums| sums.sums.size());
-        if expected.as_ref() != Some(&saved.size()) {
-            let expected = format!("{expected:?}, the states that forward has saved");
-            return Err(Error::Shape { tensor: "saved", found: saved.size(), expected });
-        }
-    }
-    Ok(saved.filter(|saved| saved.len() == sums.len()))
 }

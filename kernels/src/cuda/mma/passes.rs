@@ -2,10 +2,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::linear::plan::{Cut, FIRST, FOLLOWED, FOLLOWS, LAST, Plan};
-use super::super::{Arg, Gpu, Kernel, Launch, NUMBERS, Program, gpu, kernel};
-use crate::linear::Piece;
-use crate::{Error, Result};
+use super::super::segments::{Call, DecayGrad, Out, Params, Pass, Sums, blocks, plan};
+use super::super::{Arg, Gpu, Kernel, Launch, NUMBERS, Program, kernel};
+use super::Mma;
+use crate::Result;
 
 /// Linear attention with any diagonal decay, on compute capability 8.0 and later.
 pub const LINEAR_MMA: Program = Program {
@@ -20,12 +20,11 @@ pub const LINEAR_MMA: Program = Program {
 };
 
 /// The largest key or value size of one launch: a head wider than that is several, whose outputs add up.
-const WIDEST: i64 = 128;
+pub const WIDEST: i64 = 128;
 /// Channels of K whose shares of a scalar decay's gradient come summed up.
 pub const SLICE: i64 = 16;
 
-/// Tokens of a chunk of the plan, and of a tile of the kernels.
-const CHUNK: i64 = 64;
+/// Tokens of a tile of the kernels.
 const TILE: i64 = 32;
 /// More than what any variant has beside its tiles, in bytes.
 const OTHER_SHARED: i64 = 8 << 10;
@@ -57,10 +56,6 @@ pub struct Variant {
     pub dv: i64,
 }
 
-fn blocks(channels: i64) -> i64 {
-    (channels + 63) / 64
-}
-
 impl Variant {
     /// That makes o, of heads of 128.
     pub fn forward(kind: Kind, decay: Form) -> Self {
@@ -84,7 +79,7 @@ impl Variant {
         (64 * blocks(self.dk), 64 * blocks(self.dv))
     }
 
-    fn threads(&self) -> i64 {
+    pub fn threads(&self) -> i64 {
         let (dk, dv) = self.padded();
         2 * (i64::from(self.inner) * dv + i64::from(self.outer) * dk)
     }
@@ -126,7 +121,7 @@ impl Variant {
     }
 
     /// Blocks of `threads` that a multiprocessor's registers are to hold, as `AT_ONCE` and `SUM_AT_ONCE` of linear_mma.cu.
-    fn at_once(&self, threads: i64) -> i64 {
+    pub fn at_once(&self, threads: i64) -> i64 {
         if self.kind() == 0 || threads > 256 { 512 / threads } else { 256 / threads }
     }
 
@@ -174,37 +169,6 @@ impl Variant {
     }
 }
 
-/// A kernel's parameters, laid out as C++ does.
-#[derive(Default)]
-struct Params(Vec<u8>);
-
-impl Params {
-    fn bytes<const N: usize>(mut self, bytes: [u8; N]) -> Self {
-        self.0.resize(self.0.len().next_multiple_of(N), 0);
-        self.0.extend(bytes);
-        self
-    }
-    fn i32(self, x: i64) -> Self {
-        self.bytes((x as i32).to_le_bytes())
-    }
-    fn f32(self, x: f64) -> Self {
-        self.bytes((x as f32).to_le_bytes())
-    }
-    fn pointer(self, x: Option<&Tensor>) -> Self {
-        self.bytes(x.map_or(0, |x| x.data_ptr() as u64).to_le_bytes())
-    }
-    /// `struct Input`, `struct Decays`, `struct Output`: an address and three strides.
-    fn strided(self, x: Option<&Tensor>) -> Self {
-        let strides = x.map_or(vec![0; 3], Tensor::stride);
-        strides[..3].iter().fold(self.pointer(x), |params, stride| params.bytes(stride.to_le_bytes()))
-    }
-    fn words(mut self) -> Vec<u64> {
-        self.0.resize(self.0.len().next_multiple_of(8), 0);
-        let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-        self.0.chunks_exact(8).map(word).collect()
-    }
-}
-
 /// The largest key and value sizes of one launch where a block has `gpu_shared` bytes of shared memory: K is halved where the
 /// pass that needs most, that of dk and dlog_decay, would not fit.
 pub fn widest(kind: Kind, gpu_shared: i64) -> (i64, i64) {
@@ -216,168 +180,45 @@ pub fn widest(kind: Kind, gpu_shared: i64) -> (i64, i64) {
 }
 
 /// Whether one pass makes dv and dk, but for f32, which would need more registers than there are.
-fn dual(kind: Kind) -> bool {
+pub fn dual(kind: Kind) -> bool {
     kind != Kind::Float
-}
-
-/// Whether the kernels can read a `[B, T, H, D]` tensor where it lies, 16 bytes at a time.
-pub fn tileable(x: &Tensor) -> bool {
-    let (sizes, strides) = (x.size(), x.stride());
-    let numbers = 16 / x.kind().elt_size_in_bytes() as i64;
-    let row = strides[3] == 1 || sizes[3] == 1;
-    row && (x.data_ptr() as usize).is_multiple_of(16) && (0..3).all(|i| sizes[i] == 1 || strides[i] % numbers == 0)
-}
-
-/// What all launches of one call share.
-pub struct Call {
-    pub plan: Plan,
-    gpu: Gpu,
-    pub device: Device,
-    /// Of q, k, v, do and the outputs.
-    pub kind: Kind,
-    pub form: Form,
-    /// `[B, T, H]` of any strides, f32; or `[B, T, H, K]` that is [`tileable`], f32 or in the inputs' kind.
-    pub log_decay: Option<Tensor>,
-    pub b: i64,
-    pub t: i64,
-    pub h: i64,
-    pieces: Vec<Piece>,
-}
-
-/// One output of [`Call::run`].
-pub struct Out<'a> {
-    pub to: &'a Tensor,
-    /// To what `to` has, rather than in its place.
-    pub add: bool,
-}
-
-/// dlog_decay of one part of a head, f32 `[B, T, H, K]`, or for a scalar decay `[B, T, H, K / 16]`, to be summed.
-pub struct DecayGrad<'a> {
-    /// What dq's pass leaves for dk's; may be `out`, if that adds nothing to what is there.
-    pub dots: &'a Tensor,
-    /// Only dk's pass: where it goes, and the states at the segments' starts `[slots, K, V]` and, where a gradient comes in at
-    /// chains' ends, at those `[rows, K, V]`.
-    pub out: Option<Out<'a>>,
-    pub states: Option<&'a Tensor>,
-    pub finals: Option<&'a Tensor>,
 }
 
 /// A pass over all tokens; which tensors it reads, linear_mma.cu says.
 pub struct Run<'a> {
-    pub q: &'a Tensor,
-    pub k: &'a Tensor,
-    pub v: &'a Tensor,
+    pub x: &'a Pass<'a>,
     pub d_o: Option<&'a Tensor>,
-    /// This part's decay.
-    pub log_decay: Option<&'a Tensor>,
     pub inner: Option<Out<'a>>,
     pub outer: Option<Out<'a>>,
-    /// `[slots, K, V]`.
-    pub entries: &'a Tensor,
-    /// Whether a state enters from outside too.
-    pub ends: bool,
-    pub scale: f64,
     pub entry_scale: f64,
-    pub decay_grad: Option<DecayGrad<'a>>,
+    /// f32 `[B, T, H, K]`, or for a scalar decay `[B, T, H, K / 16]`: what dq's pass leaves for dk's; may be where that writes,
+    /// if it adds nothing to what is there.
+    pub dots: Option<&'a Tensor>,
+    /// Only dk's pass: to this part's dlog_decay, of the sizes of `dots`.
+    pub decay_grad: Option<&'a DecayGrad<'a>>,
 }
 
-impl Call {
-    pub fn new(k: &Tensor, v: &Tensor, pieces: &[Piece], form: Form, log_decay: Option<Tensor>) -> Result<Self> {
-        let (b, t, h, _) = k.size4()?;
-        let (device, kind) = (k.device(), k.kind());
-        let gpu = gpu(device)?;
-        let (dk, dv) = (k.size()[3].min(WIDEST), v.size()[3].min(WIDEST));
-        let forward = Variant { dk, dv, ..Variant::forward(kind, form) };
-        let at_once = forward.at_once(forward.threads());
-        let cut = Cut { sequences: b, heads: h, chunk: CHUNK, blocks: at_once * i64::from(gpu.multiprocessors) };
-        let plan = Plan::of(device, cut, pieces)?;
-        Ok(Self { plan, gpu, device, kind, form, log_decay, b, t, h, pieces: pieces.to_vec() })
-    }
-
-    /// The pieces that a state enters from outside or, in `reverse`, a gradient, at their ends. What comes out at the other
-    /// side is that of the opposite direction.
-    pub fn entered(&self, reverse: bool) -> impl Iterator<Item = usize> {
-        let is = move |piece: &Piece| if reverse { piece.leaves } else { piece.enters };
-        self.pieces.iter().enumerate().filter(move |(_, piece)| is(piece)).map(|(i, _)| i)
-    }
-
-    /// Rows of [`Call::entered`], `B H` a piece.
-    pub fn rows(&self, reverse: bool) -> i64 {
-        self.entered(reverse).count() as i64 * self.b * self.h
-    }
-
-    /// The row with which a piece's own begin.
-    pub fn row(&self, reverse: bool, piece: usize) -> Result<i64> {
-        let place = self.entered(reverse).position(|entered| entered == piece);
-        place.map(|place| place as i64 * self.b * self.h).ok_or_else(|| {
-            let mark = if reverse { "leaves" } else { "enters" };
-            Error::Unsupported(format!(
-                "piece {piece}: its state was asked for, or came; expected a piece with `{mark}` set"
-            ))
-        })
-    }
-
-    /// The first token of a piece, and their number.
-    pub fn range(&self, piece: usize) -> (i64, i64) {
-        (self.pieces[..piece].iter().map(|piece| piece.tokens).sum(), self.pieces[piece].tokens)
-    }
-
-    pub fn empty(&self, sizes: &[i64]) -> Result<Tensor> {
-        Ok(Tensor::f_empty(sizes, (Kind::Float, self.device))?)
-    }
-
+impl Call<Mma> {
     fn variant(&self, dk: i64, dv: i64) -> Variant {
-        let short = |g: &Tensor| self.form == Form::Channel && g.kind() != Kind::Float;
+        let short = |g: &Tensor| self.family.form == Form::Channel && g.kind() != Kind::Float;
         let half_decay = self.log_decay.as_ref().is_some_and(short);
-        Variant { half_decay, dk, dv, ..Variant::forward(self.kind, self.form) }
+        Variant { half_decay, dk, dv, ..Variant::forward(self.kind, self.family.form) }
     }
 
-    /// Key and value sizes of one launch.
-    pub fn widest(&self) -> (i64, i64) {
-        widest(self.kind, i64::from(self.gpu.shared))
-    }
-
-    /// The flags of segments with a neighbour on the side that the state comes from, and of those at that end of their chain.
-    fn sides(reverse: bool) -> [i32; 2] {
-        if reverse { [FOLLOWED, LAST] } else { [FOLLOWS, FIRST] }
-    }
-
-    /// Whether one pass makes dv and dk.
-    pub fn dual(&self) -> bool {
-        dual(self.kind)
-    }
-
-    /// Sums of `scale key^T value` (k and v, or in `reverse` q and do) into `sums` `[slots, K, V]` and of the log-decays into
-    /// `decays` `[slots, K]`, for the segments that another one `follows` in the direction of time, for those at the `ends`, or
-    /// both.
-    #[allow(clippy::too_many_arguments)]
-    pub fn summarize(
-        &self,
-        reverse: bool,
-        (follows, ends): (bool, bool),
-        (key, value): (&Tensor, &Tensor),
-        log_decay: Option<&Tensor>,
-        scale: f64,
-        sums: &Tensor,
-        decays: Option<&Tensor>,
-    ) -> Result<()> {
+    /// Sums of `scale key^T value` and of the log-decays, for the segments with a flag of `which`.
+    pub fn summarize(&self, sums: &Sums, which: i32, key: &Tensor, value: &Tensor, scale: f64) -> Result<()> {
         let (dk, dv) = (key.size()[3], value.size()[3]);
-        let [inner, end] = Self::sides(!reverse);
-        let which = if follows { inner } else { 0 } | if ends { end } else { 0 };
-        if self.plan.flags & which == 0 {
-            return Ok(());
-        }
-        let dual = reverse && self.dual();
-        let variant = Variant { reverse, outer: dual, ..self.variant(dk, dv) };
-        let (kernel, shared) = variant.kernel(&self.gpu, self.device, "summarize")?;
+        let dual = sums.reverse && dual(self.kind);
+        let variant = Variant { reverse: sums.reverse, outer: dual, ..self.variant(dk, dv) };
+        let (kernel, shared) = variant.kernel(&self.family.gpu, self.device, "summarize")?;
         let params = Params::default()
             .strided(Some(key))
             .strided(Some(value))
-            .strided(log_decay)
+            .strided(sums.part.log_decay(self)?.as_ref())
             .pointer(Some(&self.plan.all.segments))
             .pointer(Some(&self.plan.all.first))
-            .pointer(Some(sums))
-            .pointer(decays)
+            .pointer(Some(&sums.sums))
+            .pointer(sums.decays.as_ref())
             .f32(scale)
             .i32(dk)
             .i32(dv)
@@ -388,81 +229,51 @@ impl Call {
         unsafe { kernel.launch(launch, &[Arg::Bytes(&params)]) }
     }
 
-    /// The state that enters every segment, into `entries` `[slots, K, V]`, from their `sums` (`None`: zero), and those that
-    /// leave chains. `external`, `finals`: `[rows, K, V]`, contiguous; see [`Call::rows`].
-    pub fn combine(
-        &self,
-        reverse: bool,
-        sums: Option<&Tensor>,
-        decays: Option<&Tensor>,
-        external: Option<&Tensor>,
-        entries: &Tensor,
-        finals: Option<&Tensor>,
-    ) -> Result<()> {
-        let (dk, dv) = (entries.size()[1], entries.size()[2]);
-        if external.is_none() && finals.is_none() && self.plan.flags & FOLLOWS == 0 {
-            return Ok(());
-        }
-        // Every variant has it; this one is needed anyway.
-        let defines = self.variant(dk, dv).defines(i64::from(self.gpu.shared));
-        let kernel = kernel(self.device, &LINEAR_MMA, &defines, "combine")?;
-        let params = Params::default()
-            .pointer(Some(&self.plan.chains))
-            .pointer(sums)
-            .pointer(decays)
-            .pointer(external)
-            .pointer(Some(entries))
-            .pointer(finals)
-            .i32(dk)
-            .i32(dv)
-            .i32(i64::from(reverse))
-            .words();
-        let blocks = (dk * dv + 511) / 512;
-        let launch = Launch { grid: [self.plan.chain_count, blocks as u32, 1], block: 128, shared: 0 };
-        // SAFETY: CombineParams of linear_mma.cu; states of this plan's slots and chains.
-        unsafe { kernel.launch(launch, &[Arg::Bytes(&params)]) }
+    /// Every variant has `combine`; this one is needed anyway.
+    pub fn combine_kernel(&self, dk: i64, dv: i64) -> Result<Kernel> {
+        let defines = self.variant(dk, dv).defines(i64::from(self.family.gpu.shared));
+        kernel(self.device, &LINEAR_MMA, &defines, "combine")
     }
 
     /// `late`: only what entering states add to o, for the tokens of pieces that one enters.
-    pub fn run(&self, reverse: bool, late: bool, run: &Run) -> Result<()> {
+    pub fn run<'a>(&self, reverse: bool, late: bool, run: &Run<'a>) -> Result<()> {
         let work = if late { &self.plan.entered } else { &self.plan.all };
-        let (dk, dv) = (run.k.size()[3], run.v.size()[3]);
+        let Run { x, d_o, inner, outer, entry_scale, dots, decay_grad } = run;
+        let ((_, dk), (_, dv)) = (x.part.k, x.part.v);
         let variant = Variant {
             reverse,
-            inner: run.inner.is_some(),
-            outer: run.outer.is_some(),
+            inner: inner.is_some(),
+            outer: outer.is_some(),
             late,
-            dots: run.decay_grad.is_some(),
+            dots: dots.is_some(),
             ..self.variant(dk, dv)
         };
-        let (kernel, shared) = variant.kernel(&self.gpu, self.device, "run")?;
-        let [inner, end] = Self::sides(reverse);
-        let grad = run.decay_grad.as_ref();
-        let d_log = grad.and_then(|grad| grad.out.as_ref());
-        let to = |out: Option<&Out>| out.map(|out| out.to.shallow_clone());
+        let (kernel, shared) = variant.kernel(&self.family.gpu, self.device, "run")?;
+        let d_log = decay_grad.map(|grad| &grad.out);
+        let to = |out: Option<&Out<'a>>| out.map(|out| out.to);
         let adds = |out: Option<&Out>| i64::from(out.is_some_and(|out| out.add));
-        let (inner_out, outer_out) = (run.inner.as_ref(), run.outer.as_ref());
+        let (inner, outer) = (inner.as_ref(), outer.as_ref());
         let params = Params::default()
-            .strided(Some(run.q))
-            .strided(Some(run.k))
-            .strided(Some(run.v))
-            .strided(run.d_o)
-            .strided(run.log_decay)
-            .strided(to(inner_out).as_ref())
-            .strided(to(outer_out).as_ref())
-            .strided(grad.map(|grad| grad.dots))
-            .strided(to(d_log).as_ref())
+            .strided(Some(&x.q))
+            .strided(Some(&x.k))
+            .strided(Some(&x.v))
+            .strided(*d_o)
+            .strided(x.log_decay.as_ref())
+            .strided(to(inner))
+            .strided(to(outer))
+            .strided(*dots)
+            .strided(to(d_log))
             .pointer(Some(&work.segments))
             .pointer(Some(&work.first))
-            .pointer(Some(run.entries))
-            .pointer(grad.and_then(|grad| grad.states))
-            .pointer(grad.and_then(|grad| grad.finals))
-            .f32(run.scale)
-            .f32(run.entry_scale)
+            .pointer(Some(x.entries))
+            .pointer(decay_grad.map(|grad| grad.states))
+            .pointer(decay_grad.and_then(|grad| grad.finals))
+            .f32(x.scale)
+            .f32(*entry_scale)
             .i32(dk)
             .i32(dv)
-            .i32(adds(inner_out) + 2 * adds(outer_out) + 4 * adds(d_log))
-            .i32(i64::from(inner | if run.ends { end } else { 0 }))
+            .i32(adds(inner) + 2 * adds(outer) + 4 * adds(d_log))
+            .i32(i64::from(plan::entered(reverse, (true, x.ends))))
             .words();
         let launch = Launch { grid: [work.blocks, 1, 1], block: variant.threads() as u32, shared };
         // SAFETY: RunParams of linear_mma.cu; tensors of this call's shape on its device.

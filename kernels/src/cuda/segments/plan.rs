@@ -1,5 +1,5 @@
-//! How the tokens of a call are cut among blocks of threads: the tables that `kernels/cuda/linear.cu` walks by, for any kernel
-//! whose state goes from chunk to chunk.
+//! How the tokens of a call are cut among blocks of threads: the tables that `kernels/cuda/linear.cu` and
+//! `linear_mma.cu` walk by, and that any kernel could whose state goes from chunk to chunk.
 //!
 //! A call is `[B, T, H]` whose T tokens are [`Piece`]s, one after another, of different documents. One head of one piece is a
 //! chain. Laid end to end in chunks (which begin anew with every piece), sequence by sequence and head by head, the chains are
@@ -24,6 +24,12 @@ pub const FOLLOWS: i32 = 1;
 pub const FOLLOWED: i32 = 2;
 pub const FIRST: i32 = 4;
 pub const LAST: i32 = 8;
+
+/// The flags of segments that a state, or in `reverse` a gradient, enters: from a neighbour, from outside, or both.
+pub fn entered(reverse: bool, (neighbour, outside): (bool, bool)) -> i32 {
+    let [inner, end] = if reverse { [FOLLOWED, LAST] } else { [FOLLOWS, FIRST] };
+    (inner * i32::from(neighbour)) | (end * i32::from(outside))
+}
 
 /// What a call is cut for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,18 +1,15 @@
 //! The forward of some pieces: sum up, run with what is known to enter, add what comes late.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::passes::{Call, Out, Run};
-use super::{Sums, add, call, parts, summary, tiles};
+use super::states::{Sums, add, clones};
+use super::{Call, Family, Out, Part, Tokens};
 use crate::Result;
 use crate::linear::{ForwardSegment, Inputs, Piece, Summary};
 
-pub(super) struct Forward {
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: f64,
+pub struct Forward<F> {
+    call: Call<F>,
+    tokens: Tokens,
     /// Of each piece the state that came with the call, and what came late.
     entries: Vec<Option<Tensor>>,
     late: Vec<Option<Tensor>>,
@@ -24,20 +21,15 @@ pub(super) struct Forward {
     o: Option<Tensor>,
 }
 
-impl Forward {
+impl<F: Family> Forward<F> {
     pub fn new(x: &Inputs, pieces: &[Piece], entries: &[Option<Tensor>], scale: f64) -> Result<Self> {
-        let (dk, dv) = (x.k.size()[3], x.v.size()[3]);
-        let call = call(x, pieces)?;
-        let sums = parts(dk, dv).into_iter().map(|part| Sums::new(&call, part, false)).collect::<Result<_>>()?;
+        let call = F::call(x, pieces)?;
         Ok(Self {
-            call,
-            q: tiles(&x.q)?,
-            k: tiles(&x.k)?,
-            v: tiles(&x.v)?,
-            scale,
-            entries: entries.iter().map(|entry| entry.as_ref().map(Tensor::shallow_clone)).collect(),
+            tokens: Tokens::new::<F>(x, scale)?,
+            entries: clones(entries),
             late: entries.iter().map(|_| None).collect(),
-            sums,
+            sums: Sums::all(&call, false)?,
+            call,
             states: None,
             end: None,
             o: None,
@@ -46,47 +38,27 @@ impl Forward {
 
     /// The states at the segments' starts and, into `finals` `[rows, K, V]`, those that leave pieces.
     fn states(&mut self, finals: Option<&Tensor>) -> Result<Vec<Tensor>> {
-        let mut states = Vec::new();
-        for sums in &mut self.sums {
-            let part = sums.part;
-            sums.ensure(&self.call, &part.keys(&self.k)?, &part.values(&self.v)?, 1.0, finals.is_some())?;
-            states.push(sums.entries(&self.call, &self.entries, finals)?);
-        }
-        Ok(states)
+        let of = |sums: &mut Sums| {
+            sums.ensure(&self.call, (&self.tokens.k, &self.tokens.v), 1.0, finals.is_some())?;
+            sums.entries(&self.call, &self.entries, finals)
+        };
+        self.sums.iter_mut().map(of).collect()
     }
 
     fn end(&mut self) -> Result<Tensor> {
         if let Some(end) = &self.end {
             return Ok(end.shallow_clone());
         }
-        let (dk, dv) = (self.k.size()[3], self.v.size()[3]);
-        let end = self.call.empty(&[self.call.rows(true), dk, dv])?;
+        let end = self.call.empty(&[self.call.rows(true), self.call.dk, self.call.dv])?;
         self.states = Some(self.states(Some(&end))?);
         Ok(self.end.insert(end).shallow_clone())
     }
 
     /// One pass into `o`, from the states at the segments' starts. `late`: adds to it what those give.
-    fn pass(&self, sums: &Sums, o: &Tensor, entries: &Tensor, late: bool) -> Result<()> {
-        let part = sums.part;
-        self.call.run(
-            false,
-            late,
-            &Run {
-                x: &part.keys(&self.q)?,
-                y: &part.keys(&self.k)?,
-                z: &part.values(&self.v)?,
-                out: Out { to: &part.values(o)?, add: late || part.k.0 > 0 },
-                x2: None,
-                out2: None,
-                entries,
-                transposed: false,
-                ends: late || self.entries.iter().any(Option::is_some),
-                scale: self.scale,
-                entry_scale: 1.0,
-                dots: None,
-                pairs: None,
-            },
-        )
+    fn pass(&self, part: Part, o: &Tensor, entries: &Tensor, late: bool) -> Result<()> {
+        let ends = late || self.entries.iter().any(Option::is_some);
+        let pass = self.tokens.pass(&self.call, part, entries, ends)?;
+        F::output(&self.call, &pass, late, Out { to: &part.values(o)?, add: late || part.k.0 > 0 })
     }
 
     fn output(&mut self) -> Result<Tensor> {
@@ -97,9 +69,9 @@ impl Forward {
             Some(states) => states,
             None => self.states(None)?,
         };
-        let o = Tensor::f_empty(self.v.size(), (Kind::BFloat16, self.call.device))?;
+        let o = self.call.like(&self.tokens.v)?;
         for (sums, states) in self.sums.iter().zip(&states) {
-            self.pass(sums, &o, states, false)?;
+            self.pass(sums.part, &o, states, false)?;
         }
         self.states = Some(states);
         Ok(self.o.insert(o).shallow_clone())
@@ -110,10 +82,10 @@ impl Forward {
     }
 }
 
-impl ForwardSegment for Forward {
+impl<F: Family> ForwardSegment for Forward<F> {
     fn summarize(&mut self, piece: usize) -> Result<Summary> {
         let end = self.end()?;
-        summary(&self.call, false, piece, &end)
+        self.call.summary(false, piece, &end)
     }
 
     fn run(&mut self) -> Result<()> {
@@ -132,7 +104,7 @@ impl ForwardSegment for Forward {
         if !self.is_late() {
             return Ok(Some(states));
         }
-        let mut all: Vec<_> = self.entries.iter().map(|entry| entry.as_ref().map(Tensor::shallow_clone)).collect();
+        let mut all = clones(&self.entries);
         for (piece, late) in self.late.iter().enumerate() {
             if let Some(late) = late {
                 add(&mut all, piece, late)?;
@@ -145,10 +117,8 @@ impl ForwardSegment for Forward {
         let o = self.output()?;
         if self.is_late() {
             for sums in &self.sums {
-                let entries = self.call.empty(&sums.sums.size())?;
-                let external = sums.part.external(&self.call, false, &self.late)?;
-                self.call.combine(false, None, &sums.decays, external.as_ref(), &entries, None)?;
-                self.pass(sums, &o, &entries, true)?;
+                let entries = sums.entries_of(&self.call, &self.late)?;
+                self.pass(sums.part, &o, &entries, true)?;
             }
         }
         Ok(o)
