@@ -15,11 +15,13 @@ use kernels::softmax::{self, Tile};
 use runtime::config::{Config, LayoutKind, OptimizerConfig};
 use runtime::model::{Init, Params, Spec};
 use runtime::train::optimizer::AdamW;
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 pub use host::{KINDS, kernels};
 
 use crate::compare::{Comparison, Method, Mixer, Mode, Options};
+use crate::exchange::gather;
 use crate::simulate::Machine;
 use crate::simulate::host::Host;
 use crate::simulate::machine::{Compute, Memory, Network, Overhead, Protocol, Sharding, Training};
@@ -206,7 +208,8 @@ fn between_nodes_as(base: &Network, inside: Network) -> Network {
     }
 }
 
-/// Latency of a hop and bytes a second of a link, and bytes a second and latency of an AllGather, in one group.
+/// Latency of a hop and bandwidth of a link, latency and bus bandwidth of an AllGather, in one group.
+#[derive(Clone, Copy, Serialize, Deserialize)]
 struct Links {
     hop_us: f64,
     link_gbps: f64,
@@ -289,18 +292,9 @@ impl On<'_> {
         let nodes = world.size().div_ceil(node.max(1));
         // Other nodes measure theirs meanwhile, as they would work in a run; what counts is the first one's.
         let inside = if nodes > 1 && of_node.size() > 1 { Some(self.links(&of_node)?) } else { None };
-        let mut numbers = [0.0; 4];
-        if let Some(Links { hop_us, link_gbps, gather_us, bus_gbps }) = inside {
-            numbers = [hop_us, link_gbps, gather_us, bus_gbps];
-        }
-        let first = world.broadcast(&Tensor::f_from_slice(&numbers)?, 0)?.wait()?;
-        let at = |i: i64| first.double_value(&[i]);
-        let several = at(0) > 0.0;
-        let inside = match several {
-            true => Links { hop_us: at(0), link_gbps: at(1), gather_us: at(2), bus_gbps: at(3) },
-            false => Links { ..all },
-        };
-        let near = (if several { node } else { world.size() }).saturating_sub(1) as f64;
+        let inside = gather(world, &inside)?.swap_remove(0);
+        let near = (if inside.is_some() { node } else { world.size() }).saturating_sub(1) as f64;
+        let inside = inside.unwrap_or(all);
         measured.push(say("inside a node", &inside));
         if nodes > 1 {
             measured.push(say("between nodes", &all));

@@ -1,9 +1,11 @@
 //! Timing as every benchmark here does it: warm-up, at least 20 runs, median with the tenth and ninetieth percentiles;
 //! [`compare`], which times methods against each other; [`simulate`], the cost model, for machines that are not here; and
-//! [`calibrate`], which makes such a machine of measurements; [`overlap`], whether a gather hides.
+//! [`calibrate`], which makes such a machine of measurements; [`overlap`], whether a gather hides; [`exchange`], what ranks tell each
+//! other beside tensors.
 
 pub mod calibrate;
 pub mod compare;
+pub mod exchange;
 pub mod overlap;
 pub mod simulate;
 

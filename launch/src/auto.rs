@@ -1,9 +1,11 @@
 //! `method = "auto"`: asks the cost model (`benches::simulate`), puts what it finds in the configuration's place and says why;
-//! of a training step ([`agree`]), or of an operator by itself ([`Operator`]: `lasp attend`, `lasp compare`). Rank 0 decides and tells the others, whose machine.toml might be another.
+//! of a training step ([`agree`]), or of an operator by itself ([`Operator`]: `lasp attend`, `lasp compare`). Rank 0 decides and tells
+//! the others, whose machine.toml might be another.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use benches::exchange::gather;
 use benches::simulate::Machine;
 use benches::simulate::choose::{Candidate, Choice, choose, choose_operator};
 use collectives::Group;
@@ -11,7 +13,6 @@ use collectives::local::Network;
 use runtime::config::{Config, DataKind, LayerKind};
 use runtime::data::Source;
 use runtime::sequence::method::AUTO;
-use tch::Tensor;
 
 /// The file that `lasp calibrate` writes.
 const FILE: &str = "machine.toml";
@@ -32,20 +33,11 @@ pub fn agree(config: &mut Config, world: &Group, gpu: bool) -> Result<()> {
         decide(config, gpu)?;
         names = format!("{}\n{}", config.parallel.linear_method, config.parallel.softmax_method);
     }
-    let names = told(world, &names)?;
+    let names = gather(world, &names)?.swap_remove(0);
     let (linear, softmax) = names.split_once('\n').context("rank 0 named no two methods")?;
     linear.clone_into(&mut config.parallel.linear_method);
     softmax.clone_into(&mut config.parallel.softmax_method);
     Ok(())
-}
-
-/// Rank 0's text, on every rank.
-fn told(world: &Group, text: &str) -> Result<String> {
-    let mut bytes: Vec<i64> = text.bytes().map(i64::from).collect();
-    let length = world.broadcast(&Tensor::f_from_slice(&[bytes.len() as i64])?, 0)?.wait()?.f_int64_value(&[0])?;
-    bytes.resize(length as usize, 0);
-    let bytes: Vec<i64> = Vec::try_from(world.broadcast(&Tensor::f_from_slice(&bytes)?, 0)?.wait()?)?;
-    Ok(String::from_utf8(bytes.into_iter().map(|byte| byte as u8).collect())?)
 }
 
 /// An operator by itself, whose method is left open.
@@ -62,20 +54,20 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// The method that is quickest for it among the ranks of `world`, the same on every rank; `config`: its sizes, length, layout
-    /// and machine, on rank 0. Collective.
-    pub fn agree(self, config: Option<&Config>, world: &Group) -> Result<String> {
+    /// The method that is quickest for it among the ranks of `world`, the same on every rank. On rank 0 `config` has its sizes,
+    /// length, layout and machine, and `cu_seqlens` where packed documents begin and end, if there are any. Collective.
+    pub fn agree(self, config: Option<&Config>, cu_seqlens: Option<&[i64]>, world: &Group) -> Result<String> {
         let mut chosen = String::new();
         if let (0, Some(config)) = (world.rank(), config) {
             chosen = self
-                .decide(config, world.size())
+                .decide(config, cu_seqlens, world.size())
                 .with_context(|| format!("{} {AUTO}: the cost model finds no method; name one", self.option))?;
         }
-        told(world, &chosen)
+        Ok(gather(world, &chosen)?.swap_remove(0))
     }
 
     /// Logs from what it chooses.
-    fn decide(self, config: &Config, ranks: usize) -> Result<String> {
+    fn decide(self, config: &Config, cu_seqlens: Option<&[i64]>, ranks: usize) -> Result<String> {
         let (name, why) = machine(&config.parallel.machine, self.gpu, Path::new(FILE).exists());
         let mut machine = Machine::load(&name).context("parallel.machine, for which \"auto\" decides")?;
         let mut on = String::new();
@@ -83,11 +75,15 @@ impl Operator {
             (machine.gpus_per_node, host.network) = (network.node, Some(network.to_string()));
             on = format!(", with the emulated network {network}");
         }
-        let choice = choose_operator(&machine, config, self.kind, ranks, self.backward)?.context("none can run")?;
+        let choice =
+            choose_operator(&machine, config, self.kind, ranks, self.backward, cu_seqlens)?.context("none can run")?;
         let tokens = config.train.seq_len;
+        let documents = cu_seqlens.map_or_else(String::new, |of| {
+            format!(" in {} documents", of.windows(2).filter(|ends| ends[0] < ends[1]).count())
+        });
         tracing::info!(
-            "{} {AUTO}: {}, for {tokens} tokens on {ranks} ranks by the cost model of {name} ({why}){on}; predicted of the \
-             operator alone:",
+            "{} {AUTO}: {}, for {tokens} tokens{documents} on {ranks} ranks by the cost model of {name} ({why}){on}; predicted of \
+             the operator alone:",
             self.option,
             choice.method
         );
@@ -237,14 +233,14 @@ mod tests {
                 // seven, in every round.
                 let network = Some("node=2,intra=1ns/1TB/s,inter=50ms/1TB/s".parse()?);
                 let of = Operator { kind, backward: true, gpu: false, network, option: "--method" };
-                of.agree((world.rank() == 0).then_some(&config), &world)
+                of.agree((world.rank() == 0).then_some(&config), None, &world)
             });
             assert_eq!(found.unwrap(), [expected; 8]);
         }
         let of = Operator { kind: LayerKind::Linear, backward: false, gpu: false, network: None, option: "--method" };
         let mut short = config(&[]);
         short.train.seq_len = 3;
-        let error = local::run(4, move |world| of.agree(Some(&short), &world)).unwrap_err();
+        let error = local::run(4, move |world| of.agree(Some(&short), None, &world)).unwrap_err();
         let error = format!("{error:#}");
         assert!(error.contains("--method auto: the cost model finds no method; name one"), "{error}");
     }

@@ -9,6 +9,7 @@ use collectives::local::Network;
 use serde_json::json;
 use tch::Device;
 
+use crate::argument::at_least_one;
 use crate::gpu::Place;
 use crate::identity::Launcher;
 use crate::{job, output};
@@ -39,7 +40,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 50)]
     iterations: usize,
     /// Number of ranks, as threads; under mpirun, if given, its number of processes [default: 2]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
     ranks: Option<usize>,
     /// Emulate this network between ranks that are threads: ranks on a node, latency/bandwidth within and between nodes,
     /// as in node=4,intra=2us/100GB/s,inter=20us/10GB/s

@@ -2,16 +2,17 @@
 //! The measuring is `benches::calibrate`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use benches::calibrate::{Calibration, KINDS, Setting, calibrate, kernels};
 use benches::simulate::Machine;
-use benches::simulate::host::Kernel;
+use benches::simulate::host::{Host, Kernel};
 use collectives::Group;
 use collectives::local::Network;
 use tch::Device;
 
+use crate::argument::at_least_one;
 use crate::gpu::Place;
 use crate::identity::{Launcher, cores};
 use crate::{doctor, gpu, job, output};
@@ -20,7 +21,7 @@ use crate::{doctor, gpu, job, output};
 #[derive(clap::Args)]
 pub struct Args {
     /// Number of ranks, as threads; under mpirun, if given, its number of processes [default: 2, on a GPU 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
     ranks: Option<usize>,
     /// What to measure; cuda: a GPU in bf16 and, with several ranks, NCCL between GPUs; the rest of the machine is a preset's
     #[arg(long, value_enum, default_value_t = Place::Cpu)]
@@ -32,10 +33,10 @@ pub struct Args {
     /// Measure kernels once and at few sizes: some seconds, for a first look
     #[arg(long)]
     quick: bool,
-    /// Measure only these kernels of ranks that share cores, and put them into the file, which stays as it is otherwise
+    /// Measure only these kernels of ranks that share cores, and put them into --out, an earlier calibration, of which all else stays
     #[arg(long, value_name = "KIND", value_parser = KINDS, conflicts_with_all = ["device", "network"])]
     only: Option<String>,
-    /// The file to write, TOML; it is replaced
+    /// The file to write, TOML; it is replaced, or with --only changed
     #[arg(long, value_name = "FILE", default_value = "machine.toml")]
     out: PathBuf,
 }
@@ -55,6 +56,9 @@ pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
     job::on_network(launcher, args.network.as_ref(), ranks, |world| {
         if let Some(kind) = &args.only {
             return put(&args, kind, world);
+        }
+        if world.rank() == 0 {
+            output::check_file("--out", &args.out)?;
         }
         let (world, device) = match args.device {
             Place::Cpu => (world.clone(), Device::Cpu),
@@ -78,30 +82,49 @@ pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
 
 /// Measures kernels of one kind, and puts them in the place of those in the file; new ones come behind.
 fn put(args: &Args, kind: &str, world: &Group) -> Result<()> {
+    // Read first: measuring takes minutes.
+    let earlier = if world.rank() == 0 { Some(Earlier::read(&args.out)?) } else { None };
     let found = kernels(world, kind, args.quick)?;
-    if world.rank() > 0 {
-        return Ok(());
+    earlier.map_or(Ok(()), |earlier| earlier.with(found, &args.out))
+}
+
+/// What `lasp calibrate` wrote before.
+struct Earlier {
+    /// The lines at its beginning that say what was measured.
+    comments: String,
+    machine: Machine,
+    host: Host,
+}
+
+impl Earlier {
+    fn read(file: &Path) -> Result<Self> {
+        let path = file.display();
+        let text = fs::read_to_string(file).with_context(|| format!("cannot read {path} (--out with --only)"))?;
+        let mut machine = Machine::from_toml(&text, &path.to_string())?;
+        let host = machine.host.take().with_context(|| {
+            format!("{path} has no [host]; expected a machine that lasp calibrate wrote (--out with --only)")
+        })?;
+        let comments = text.lines().take_while(|line| line.starts_with('#')).map(|line| format!("{line}\n")).collect();
+        Ok(Self { comments, machine, host })
     }
-    let path = args.out.display();
-    let text = fs::read_to_string(&args.out).with_context(|| format!("cannot read {path} (--out with --only)"))?;
-    let mut machine = Machine::from_toml(&text, &path.to_string())?;
-    let Some(host) = &mut machine.host else {
-        bail!("{path} has no [host]; expected a machine that lasp calibrate wrote (--out with --only)");
-    };
-    let names: Vec<String> =
-        found.iter().map(|kernel| format!("  {}, {} threads\n", kernel.name, kernel.threads)).collect();
-    for new in found {
-        let same = |old: &&mut Kernel| (&old.name, old.threads) == (&new.name, new.threads);
-        match host.kernels.iter_mut().find(same) {
-            Some(old) => *old = new,
-            None => host.kernels.push(new),
+
+    /// Writes it anew with these kernels.
+    fn with(self, found: Vec<Kernel>, file: &Path) -> Result<()> {
+        let path = file.display();
+        let names: String =
+            found.iter().map(|kernel| format!("  {}, {} threads\n", kernel.name, kernel.threads)).collect();
+        let Self { comments, machine, mut host } = self;
+        for new in found {
+            match host.kernels.iter_mut().find(|old| (&old.name, old.threads) == (&new.name, new.threads)) {
+                Some(old) => *old = new,
+                None => host.kernels.push(new),
+            }
         }
+        let machine = Machine { host: Some(host), ..machine };
+        fs::write(file, format!("{comments}\n{}", machine.to_toml()?))
+            .with_context(|| format!("cannot write {path} (--out)"))?;
+        output::print(&format!("{names}{path}\n"))
     }
-    let comments: String =
-        text.lines().take_while(|line| line.starts_with('#')).map(|line| format!("{line}\n")).collect();
-    fs::write(&args.out, format!("{comments}\n{}", machine.to_toml()?))
-        .with_context(|| format!("cannot write {path} (--out)"))?;
-    output::print(&format!("{}{path}\n", names.concat()))
 }
 
 fn write(args: &Args, world: &Group, device: Device, found: &Calibration) -> Result<()> {

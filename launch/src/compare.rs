@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -11,15 +11,17 @@ use anyhow::{Context, Result, bail};
 use benches::compare::report::{self, Conditions};
 use benches::compare::table::{self, LEGEND, Table};
 use benches::compare::{Comparison, Method, Mixer, Mode, Options, Row};
+use benches::simulate::sweep;
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use collectives::Group;
 use collectives::local::Network;
-use runtime::config::{Config, DecayKind, DeviceKind, LayerKind, LayoutKind};
+use runtime::config::{Config, DataConfig, DecayKind, DeviceKind, LayoutKind};
 use runtime::metrics::format_duration;
 use serde_json::{Value, json};
 use tch::Device;
 
+use crate::argument::at_least_one;
 use crate::gpu::{Found, Place};
 use crate::identity::{Launcher, cores};
 use crate::{auto, doctor, gpu, job, output};
@@ -38,7 +40,7 @@ pub struct Args {
     #[arg(long, value_name = "TOKENS,..", value_delimiter = ',', default_value = "4K,8K,16K", value_parser = tokens)]
     seq_lens: Vec<i64>,
     /// Numbers of ranks, as threads; under mpirun, if given, its number of processes [default: 2, on a GPU 1]
-    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    #[arg(long, value_name = "N,..", value_delimiter = ',', value_parser = at_least_one::<usize>)]
     ranks: Vec<usize>,
     /// Whose methods
     #[arg(long, default_value = "linear", value_parser = one_of(&[Mixer::Linear, Mixer::Softmax], Mixer::name))]
@@ -50,16 +52,16 @@ pub struct Args {
     #[arg(long, value_enum)]
     decay: Option<Decay>,
     /// Heads; query heads of softmax layers
-    #[arg(long, value_name = "H")]
+    #[arg(long, value_name = "H", value_parser = at_least_one::<i64>)]
     heads: Option<i64>,
     /// Key and value heads of softmax layers
-    #[arg(long, value_name = "H")]
+    #[arg(long, value_name = "H", value_parser = at_least_one::<i64>)]
     kv_heads: Option<i64>,
     /// Width of a head, K = V
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = at_least_one::<i64>)]
     dim: Option<i64>,
     /// Chunk length of linear attention
-    #[arg(long, value_name = "C")]
+    #[arg(long, value_name = "C", value_parser = at_least_one::<i64>)]
     chunk: Option<i64>,
     /// Element type [default: CONFIG's; without one f32, on GPUs bf16]
     #[arg(long, value_parser = ["f32", "bf16", "f64"])]
@@ -79,7 +81,7 @@ pub struct Args {
     #[arg(long, value_name = "NETWORK")]
     network: Option<Network>,
     /// Timed rounds of each method
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = rounds)]
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least_one::<usize>)]
     rounds: usize,
     /// Folder for results.jsonl and report.html, which are replaced [default: compare-MIXER]
     #[arg(long, value_name = "DIR")]
@@ -114,19 +116,9 @@ fn one_of<T: Copy + Send + Sync + 'static>(
 }
 
 fn tokens(text: &str) -> Result<i64, String> {
-    let (number, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (&text[..at], 10),
-        Some((at, 'm' | 'M')) => (&text[..at], 20),
-        _ => (text, 0),
-    };
-    let tokens = number.parse::<i64>().ok().and_then(|number| number.checked_mul(1 << shift));
-    tokens
-        .filter(|tokens| *tokens > 0)
+    sweep::number(text)
+        .and_then(|tokens| i64::try_from(tokens).ok())
         .ok_or_else(|| "expected a number of tokens above 0, as in 300, 16K or 1M".into())
-}
-
-fn rounds(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|rounds| *rounds > 0).ok_or_else(|| "expected a number of at least 1".into())
 }
 
 pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
@@ -278,16 +270,13 @@ fn compare(args: &Args, options: &Options, launcher: &Launcher, world: &Group, r
 /// The options with methods chosen, for one length, where that was left to the cost model. Collective.
 fn decided(args: &Args, options: &Options, tokens: i64, world: &Group) -> Result<Options> {
     let mut options = options.clone();
-    let kind = match options.mixer {
-        Mixer::Linear => LayerKind::Linear,
-        Mixer::Softmax => LayerKind::Softmax,
-    };
+    let kind = options.mixer.layer();
     for method in options.methods.iter_mut().filter(|method| method.is_open()) {
         let mut config = options.config.clone();
         (config.train.seq_len, config.parallel.layout) = (tokens as usize, method.layout);
         let gpu = options.device.is_cuda();
         let operator = auto::Operator { kind, backward: true, gpu, network: args.network, option: "--methods" };
-        method.name = operator.agree(Some(&config), world)?;
+        method.name = operator.agree(Some(&config), None, world)?;
     }
     Ok(options)
 }
@@ -332,7 +321,11 @@ impl Results {
             0 | 1 => String::new(),
             _ => output::table(&table.aligns, &table.marked()),
         };
-        let mut text = format!("\n{}, {}\n", table::heading(&rows), self.about_ranks(args, false));
+        let mut text = format!(
+            "\n{}, {}\n",
+            table::heading(&rows),
+            self.about_ranks(args, &self.threads[self.threads.len().saturating_sub(1)..])
+        );
         text += &show(table::times(&rows));
         text += "\n";
         text += &show(table::memory_and_messages(&rows));
@@ -347,13 +340,15 @@ impl Results {
     fn finish(self, args: &Args, options: &Options) -> Result<()> {
         let conditions = Conditions {
             about: options.about(),
-            ranks: self.about_ranks(args, true),
+            ranks: self.about_ranks(args, &self.threads),
             machine: self.machine(),
             versions: self.versions(),
             rounds: options.rounds,
             device: options.device,
-            // The program by its name: where it lies is nobody's business.
-            command: std::iter::once("lasp".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" "),
+            command: std::iter::once("lasp".to_owned())
+                .chain(std::env::args().skip(1).map(|argument| shown(&argument)))
+                .collect::<Vec<_>>()
+                .join(" "),
         };
         let path = self.folder.join("report.html");
         fs::write(&path, report::html(&self.rows, &conditions))
@@ -361,9 +356,9 @@ impl Results {
         output::print(&format!("\n{}, {}\n", path.display(), self.folder.join("results.jsonl").display()))
     }
 
-    /// Ranks as threads or processes, what each may use, and the network between them; of `all` numbers of ranks, or of the
-    /// last one.
-    fn about_ranks(&self, args: &Args, all: bool) -> String {
+    /// Ranks as threads or processes, what each may use, and the network between them; of `these` numbers of ranks, each with the
+    /// libtorch threads of a rank.
+    fn about_ranks(&self, args: &Args, these: &[(usize, i32)]) -> String {
         let kind = match self.backend {
             "mpi" => "processes under MPI",
             "tcp" => "processes over TCP",
@@ -381,19 +376,23 @@ impl Results {
         }
         let network = args.network.map_or_else(String::new, |network| format!(", emulated network {network}"));
         let of = |n: i32| format!("{n} libtorch thread{}", if n == 1 { "" } else { "s" });
-        let last = self.threads.last().map_or(1, |(_, threads)| *threads);
-        let threads = match self.threads.iter().all(|(_, threads)| *threads == last) {
-            false if all => {
-                let each = self.threads.iter().map(|(ranks, n)| format!("{} with {ranks}", of(*n)));
-                format!("{} ranks", each.collect::<Vec<_>>().join(", "))
+        let threads = match these {
+            [(1, n)] if self.backend == "local" => return format!("{}{network}", of(*n)),
+            [(_, n), rest @ ..] if rest.iter().all(|(_, other)| other == n) => format!("{} each", of(*n)),
+            several => {
+                let each = several.iter().map(|(ranks, n)| format!("{n} with {}", table::ranks(*ranks)));
+                format!("libtorch threads of each: {}", each.collect::<Vec<_>>().join(", "))
             }
-            _ => format!("{} each", of(last)),
         };
         format!("ranks as {kind}, {threads}{network}")
     }
 
     fn conditions(&self, args: &Args, options: &Options) -> Value {
         let (model, threads) = (&options.config.model, self.threads.last().map(|(_, threads)| *threads));
+        // Training is on random tokens, and where files lie on this machine is nobody's business.
+        let mut config = options.config.clone();
+        config.data.path = DataConfig::default().path;
+        config.parallel.machine = shown(&config.parallel.machine);
         let mut conditions = json!({
             "device": if self.gpu.is_some() { "cuda" } else { "cpu" },
             "backend": self.carrier,
@@ -406,7 +405,7 @@ impl Results {
                 "pattern": model.pattern, "batch": options.config.train.batch,
             },
             // What layers and training steps depend on besides.
-            "config": (options.mode != Mode::Operator).then_some(&options.config),
+            "config": (options.mode != Mode::Operator).then_some(&config),
             "machine": { "cpu": benches::processor(), "cores": cores(), "memory_bytes": doctor::memory("MemTotal") },
             "versions": { "lasp": env!("CARGO_PKG_VERSION"), "libtorch": libtorch() },
         });
@@ -437,6 +436,21 @@ impl Results {
     }
 }
 
+/// An argument as a report shows it: of an absolute path the last name, as where files lie on this machine is nobody's business.
+fn shown(argument: &str) -> String {
+    let (option, value) = match argument.rsplit_once('=') {
+        Some((option, value)) => (format!("{option}="), value),
+        None => (String::new(), argument),
+    };
+    let path = Path::new(value.trim_matches('"'));
+    let value = match path.file_name().filter(|_| path.is_absolute()) {
+        Some(name) => name.to_string_lossy().into_owned(),
+        None => value.to_owned(),
+    };
+    let quote = if value.contains(char::is_whitespace) { "'" } else { "" };
+    format!("{option}{quote}{value}{quote}")
+}
+
 fn libtorch() -> String {
     doctor::libtorch_version().unwrap_or_else(|| "of unknown version".to_owned())
 }
@@ -444,6 +458,14 @@ fn libtorch() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_command_names_no_folder_of_the_machine() {
+        let arguments =
+            ["--out", "/home/me/run 1", "configs/a.toml", "--set=data.path=/data/b.bin", "--methods=ring zigzag"];
+        let found = arguments.map(shown);
+        assert_eq!(found, ["--out", "'run 1'", "configs/a.toml", "--set=data.path=b.bin", "--methods='ring zigzag'"]);
+    }
 
     #[test]
     fn lengths_have_binary_units() {

@@ -207,7 +207,7 @@ fn gpus(has_driver: bool) -> Finding {
         ),
         Err(_) => ("none".to_owned(), None),
     };
-    let detail = json!({ "count": count, "models": models, "libtorch_cuda": opened.err() });
+    let detail = json!({ "count": count, "models": models, "error": opened.err() });
     Finding { name: "GPUs", found, mend, detail }
 }
 

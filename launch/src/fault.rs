@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 use tch::{Device, Kind, Tensor};
 
+use crate::argument::at_least_one;
 use crate::identity::Launcher;
 use crate::{job, output};
 
@@ -13,7 +14,7 @@ pub struct Args {
     rank: usize,
     #[arg(long, value_enum)]
     kind: Fault,
-    #[arg(long)]
+    #[arg(long, value_parser = at_least_one::<usize>)]
     ranks: Option<usize>,
 }
 

@@ -41,9 +41,6 @@ pub fn on_network(
         };
     }
     let ranks = ranks.unwrap_or(1);
-    if ranks == 0 {
-        bail!("--ranks: found 0, expected at least 1");
-    }
     local::run_on(network, ranks, |world: Group| -> Result<()> {
         failure::this_is(&world);
         launcher.share_cores(ranks);

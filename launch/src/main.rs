@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod argument;
 mod attend;
 mod auto;
 mod bench;

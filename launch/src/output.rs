@@ -1,8 +1,9 @@
 //! Writing to stdout without dying of a closed pipe, and numbers as people read them.
 
 use std::io::{ErrorKind, Write};
+use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 pub use benches::compare::table::grouped;
 
 /// Writes `text` to stdout. A reader that has gone away, as in `lasp plan .. | head`, is no error.
@@ -16,6 +17,18 @@ pub fn print_bytes(bytes: &[u8]) -> Result<()> {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
+}
+
+/// What would make writing this file fail at the end, found out at the start; `option` names it.
+pub fn check_file(option: &str, file: &Path) -> Result<()> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+        bail!("{option} {}: there is no folder {}", file.display(), folder.display());
+    }
+    if file.is_dir() {
+        bail!("{option} {}: found a folder, expected a file", file.display());
+    }
+    Ok(())
 }
 
 /// Bytes in binary units: `0 B`, `512 B`, `1.50 KiB`, `12.3 GiB`.

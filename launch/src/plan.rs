@@ -6,6 +6,7 @@ use anyhow::Result;
 use runtime::config::{Config, DeviceKind};
 use runtime::estimate::{self, Estimate};
 
+use crate::argument::at_least_one;
 use crate::auto;
 use crate::output::{self, bytes, count, grouped, table};
 use crate::train::wanted_ranks;
@@ -16,7 +17,7 @@ pub struct Args {
     /// The configuration, TOML
     config: PathBuf,
     /// Number of ranks to plan for [default: parallel.sp x parallel.dp]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
     ranks: Option<usize>,
     /// Change a setting of the configuration; may be repeated
     #[arg(long, value_name = "SECTION.KEY=VALUE")]

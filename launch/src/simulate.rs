@@ -9,9 +9,10 @@ use benches::simulate::against::{self, Compared};
 use benches::simulate::fit::{self, Fit};
 use benches::simulate::sweep::{self, Groups, Refused, in_k};
 use benches::simulate::{Machine, Method, Prediction, report};
-use runtime::config::Config;
+use runtime::config::{Config, DecayKind, LayerKind};
 use serde_json::json;
 
+use crate::argument::at_least_one;
 use crate::output::{self, bytes, grouped, table};
 
 /// Predict step time, throughput and memory on a machine that is not here; needs no GPU and no ranks
@@ -30,14 +31,15 @@ pub struct Args {
     /// Tokens of the sequence, likewise; K and M are 1024 and 1024^2
     #[arg(long, value_name = "N..M", default_value = "64K..4096K")]
     seq_lens: String,
-    /// Lengths of the documents packed into a sequence, likewise, one after the other and again until it ends [default: one document]
+    /// Lengths of the documents packed into a sequence, likewise, one after the other and again; its end cuts the last one [default:
+    /// one document]
     #[arg(long, value_name = "N..M")]
     documents: Option<String>,
     /// Groups of GPUs, each with sequences of its own
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one::<usize>)]
     dp: usize,
     /// Sequences of a step, over all groups; a group takes its own one after another [default: one a group]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
     batch: Option<usize>,
     /// A linear layer's method, a softmax layer's, or both, and a layout, as in lasp2,all_scan:blocks=8+ring@zigzag
     #[arg(long, value_name = "METHOD,..", value_delimiter = ',', default_value = "lasp2,lasp1,all_scan,hierarchical")]
@@ -92,7 +94,7 @@ pub fn run(args: Args) -> Result<()> {
     if let (true, Some(Err(refused))) = (points.iter().all(Result::is_err), points.first()) {
         bail!("{}: {}", refused.method, refused.reason);
     }
-    output::print(&if args.json { lines(&points)? } else { show(&points, &config) })
+    output::print(&if args.json { lines(&points)? } else { show(&points, &config, !documents.is_empty()) })
 }
 
 fn published(args: &Args) -> Result<()> {
@@ -173,7 +175,7 @@ fn lines(points: &[Result<Prediction, Refused>]) -> Result<String> {
     Ok(text)
 }
 
-fn show(points: &[Result<Prediction, Refused>], config: &Config) -> String {
+fn show(points: &[Result<Prediction, Refused>], config: &Config, packed: bool) -> String {
     let head = [
         "tokens", "GPUs", "method", "step", "tokens/s", "a GPU", "exposed", "waited", "received", "messages", "state",
         "kept", "other", "memory", "",
@@ -198,6 +200,19 @@ fn show(points: &[Result<Prediction, Refused>], config: &Config) -> String {
             "- at most: model.decay = {decay} depends on the data, so nobody can tell beforehand how far back a truncated scan listens; \
              it is counted as if no state died\n"
         );
+    }
+    let truncated = points.iter().flatten().any(|point| point.method.contains("truncate"));
+    if truncated && config.model.decay == DecayKind::None && config.model.layer_kinds().contains(&LayerKind::Linear) {
+        notes += "- lasp2:truncate is lasp2 here: model.decay = none, so no state dies\n";
+    }
+    if packed {
+        let mut counts: Vec<String> = points
+            .iter()
+            .flatten()
+            .map(|point| format!("{} in {}", grouped(point.documents), in_k(point.seq_len)))
+            .collect();
+        counts.dedup();
+        notes += &format!("- documents of a sequence: {}\n", counts.join(", "));
     }
     table("rrlrrrrrrrrrrrl", &rows) + &notes
 }

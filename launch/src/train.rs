@@ -10,6 +10,7 @@ use runtime::config::Config;
 use runtime::train;
 use tch::Tensor;
 
+use crate::argument::at_least_one;
 use crate::identity::Launcher;
 use crate::{auto, gpu, job};
 
@@ -26,7 +27,7 @@ pub struct Args {
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
     /// Number of ranks, as threads; under mpirun, if given, its number of processes [default: parallel.sp x parallel.dp]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
     ranks: Option<usize>,
     /// Go on from the newest checkpoint of the run folder
     #[arg(long)]

@@ -305,10 +305,16 @@ fn auto_is_the_method_that_the_log_names() {
     }
     for (mixer, kv_heads, candidates) in [("linear", 4, "lasp1"), ("softmax", 2, "megatron_sp")] {
         let inputs = [("q", x(1, 4)), ("k", x(2, kv_heads)), ("v", x(3, kv_heads)), ("do", x(4, 4))];
-        let tensors: Tensors = inputs.map(|(name, x)| (name.to_owned(), x)).into();
-        for &ranks in &cases {
+        let mut tensors: Tensors = inputs.map(|(name, x)| (name.to_owned(), x)).into();
+        let mut asked = "for 67 tokens on";
+        for (case, &ranks) in cases.iter().enumerate() {
+            if case == 1 {
+                tensors.push(("cu_seqlens".to_owned(), Tensor::from_slice(&[0i64, 30, 30, 67])));
+                asked = "for 67 tokens in 2 documents on";
+            }
             let folder = Folder::new();
             let ran = folder.attend(&tensors, ranks, &["--mixer", mixer, "--method", "auto"]).succeeds();
+            assert!(ran.err.contains(asked), "{}", ran.err);
             let chosen =
                 ran.err.split("--method auto: ").nth(1).unwrap_or_else(|| panic!("no choice in:\n{}", ran.err));
             let chosen = chosen.split(", for 67 tokens").next().unwrap();

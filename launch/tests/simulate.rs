@@ -110,6 +110,8 @@ fn a_truncated_scan_says_when_nobody_knows_its_reach() {
             "1M",
             "--methods",
             "lasp2:truncate",
+            "--documents",
+            "512K,1M",
             "--set",
             &set,
         ]);
@@ -120,6 +122,9 @@ fn a_truncated_scan_says_when_nobody_knows_its_reach() {
         "model.decay = token depends on the data, so nobody can tell beforehand how far back a truncated scan listens";
     assert!(table("token").contains(note) && table("token").contains("at most"), "{}", table("token"));
     assert!(!table("retention").contains("at most"), "{}", table("retention"));
+    let nothing_dies = "lasp2:truncate is lasp2 here: model.decay = none";
+    assert!(table("none").contains(nothing_dies) && !table("retention").contains(nothing_dies), "{}", table("none"));
+    assert!(table("none").contains("- documents of a sequence: 2 in 1024K\n"), "{}", table("none"));
 }
 
 #[test]

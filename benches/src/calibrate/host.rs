@@ -17,6 +17,7 @@ use runtime::config::DecayKind;
 use runtime::model::{Model, constant_decay};
 use tch::{Device, Kind, Tensor};
 
+use crate::exchange::gather;
 use crate::simulate::Pass;
 use crate::simulate::host::{
     ADD, COPY, DENSE_WIDTHS, Host, JOIN, Kernel, dense_kernel, dense_model, left_product_kind, linear_kernel,
@@ -165,7 +166,9 @@ impl Ranks<'_> {
     fn kernels(&self) -> Result<Vec<Kernel>> {
         let mut kernels: Vec<Kernel> = Vec::new();
         for job in &self.jobs {
-            for (part, name) in names(job.runs.first(), self.world)?.into_iter().enumerate() {
+            let names: Vec<String> = job.runs.first().into_iter().flatten().map(|(name, _)| name.clone()).collect();
+            // Rank 0 measures every job.
+            for (part, name) in gather(self.world, &names)?.swap_remove(0).into_iter().enumerate() {
                 let mut seconds: Vec<f64> = job.runs.iter().map(|times| times[part].1).collect();
                 seconds.sort_by(f64::total_cmp);
                 let mine = seconds.get(seconds.len() / 2).copied().unwrap_or(0.0);
@@ -188,17 +191,6 @@ impl Ranks<'_> {
         }
         Ok(kernels)
     }
-}
-
-/// Rank 0's names of a job's parts, on every rank.
-fn names(times: Option<&Times>, world: &Group) -> Result<Vec<String>> {
-    let mine: Vec<&str> = times.iter().flat_map(|times| times.iter().map(|(name, _)| name.as_str())).collect();
-    let mut text: Vec<i64> = mine.join("\n").bytes().map(i64::from).collect();
-    let length = world.broadcast(&Tensor::f_from_slice(&[text.len() as i64])?, 0)?.wait()?.int64_value(&[0]);
-    text.resize(length as usize, 0);
-    let text: Vec<i64> = Vec::try_from(world.broadcast(&Tensor::f_from_slice(&text)?, 0)?.wait()?)?;
-    let text = String::from_utf8(text.into_iter().map(|byte| byte as u8).collect()).context("names of kernels")?;
-    Ok(text.lines().map(str::to_owned).collect())
 }
 
 /// At so many sizes of each kernel.

@@ -7,14 +7,15 @@ use anyhow::{Context, Result, ensure};
 use collectives::{Group, Mesh};
 use tch::Device;
 
-use super::exchange::gather;
 use super::lanes::{self, Counts, Lanes, Phase};
 use super::memory::{self, Memory};
 use super::method::Entrant;
 use super::row::{Measured, Row};
+use super::table::ranks;
 use super::traffic::{Bound, Expected, expected};
 use super::work::{self, Scene, Work};
 use super::{Mode, Options};
+use crate::exchange::gather;
 use crate::{Timing, settle};
 
 /// Rounds before those that count. On a GPU kernels are compiled in them, libraries try their variants, communicators come
@@ -43,10 +44,7 @@ pub(super) fn rows(
 ) -> Result<Vec<Row>> {
     let (world, device, warm_up) = (&mesh.world, options.device, warm_up(options.device));
     let (mut contenders, mut scene) = (Vec::new(), Scene::new(options, mesh, tokens));
-    let what = |entrant: &Entrant| {
-        let plural = if world.size() == 1 { "" } else { "s" };
-        format!("{}, {} rank{plural}, {tokens} tokens", entrant.method.label(), world.size())
-    };
+    let what = |entrant: &Entrant| format!("{}, {}, {tokens} tokens", entrant.method.label(), ranks(world.size()));
     for entrant in entrants.iter().filter(|entrant| entrant.refused.is_none()) {
         let plan = work::plan(mesh, entrant.method.layout, tokens)?;
         let expected = expected(options, entrant, &plan);

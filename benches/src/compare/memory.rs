@@ -8,7 +8,7 @@ use collectives::Group;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use super::exchange::gather;
+use crate::exchange::gather;
 use crate::settle;
 
 /// Bytes of one rank.

@@ -24,16 +24,20 @@ pub struct Method {
     pub auto: bool,
 }
 
+/// Names of a mixer's methods, without settings.
+fn known(mixer: Mixer) -> &'static [&'static str] {
+    match mixer {
+        Mixer::Linear => method::LINEAR,
+        Mixer::Softmax => method::ATTENTIONS,
+    }
+}
+
 impl Method {
     /// All methods of a mixer on one layout; ring attention, whose balance depends on it, on both. `node`: ranks on a node
     /// of the network, if it is emulated.
     pub fn all(mixer: Mixer, layout: LayoutKind, node: Option<usize>) -> Vec<Method> {
-        let known = match mixer {
-            Mixer::Linear => method::LINEAR,
-            Mixer::Softmax => method::ATTENTIONS,
-        };
         let mut methods = Vec::new();
-        for &name in known {
+        for &name in known(mixer) {
             let name = match node {
                 Some(node) if name == "hierarchical" => format!("hierarchical:node={node}"),
                 _ => name.to_owned(),
@@ -48,10 +52,7 @@ impl Method {
 
     /// A list such as `lasp2, lasp2:truncate,splits=2, ring zigzag`: a comma ends a method where a known one follows.
     pub fn list(text: &str, mixer: Mixer, layout: LayoutKind) -> Result<Vec<Method>> {
-        let known = match mixer {
-            Mixer::Linear => method::LINEAR,
-            Mixer::Softmax => method::ATTENTIONS,
-        };
+        let known = known(mixer);
         let mut parts: Vec<String> = Vec::new();
         for part in text.split(',').map(str::trim) {
             let name = part.split([':', ' ']).next().unwrap_or_default();

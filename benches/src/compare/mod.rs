@@ -3,7 +3,6 @@
 //! [`Comparison::at`] (one length: all methods on the same tensors, in turn, round by round). [`table`] and [`report`] show
 //! what came out. Starting ranks is left to the caller.
 
-mod exchange;
 #[cfg(test)]
 mod faults;
 mod inputs;
@@ -50,7 +49,8 @@ impl Mixer {
         }
     }
 
-    fn layer(self) -> LayerKind {
+    /// The kind of its layers.
+    pub fn layer(self) -> LayerKind {
         match self {
             Mixer::Linear => LayerKind::Linear,
             Mixer::Softmax => LayerKind::Softmax,

@@ -11,11 +11,11 @@ use runtime::sequence::{Layout, Plan};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::exchange::gather;
 use super::inputs::Tokens;
 use super::method::Entrant;
 use super::operator::{Operator, scale};
 use super::{Mixer, Options};
+use crate::exchange::gather;
 
 /// The sequence.
 struct Short {

@@ -9,7 +9,7 @@ use runtime::report::{Head, compact, document, escape, headline};
 use tch::Device;
 
 use super::row::{Measured, Row};
-use super::table::{self, Table, bytes, grouped};
+use super::table::{self, Table, bytes, grouped, ranks};
 use super::{Mixer, Mode, measure, timeline};
 
 /// What the rows do not say.
@@ -75,10 +75,6 @@ pub fn html(rows: &[Row], conditions: &Conditions) -> String {
     document(&Head { kicker: "Method comparison", title: &title, about: &about, style }, &body)
 }
 
-fn ranks(n: usize) -> String {
-    format!("{n} rank{}", if n == 1 { "" } else { "s" })
-}
-
 /// The row of numbers at the top, of the longest sequence on the most ranks.
 fn figures(rows: &[&Row], conditions: &Conditions) -> Vec<(&'static str, String, String)> {
     let least = |of: &dyn Fn(&Measured) -> f64| {
@@ -107,7 +103,7 @@ fn figures(rows: &[&Row], conditions: &Conditions) -> Vec<(&'static str, String,
 }
 
 fn charts(rows: &[Row], most: usize, longest: i64, conditions: &Conditions) -> Vec<Chart> {
-    let on = format!("{}: {}.", ranks(most), conditions.ranks);
+    let on = format!("On {}.", ranks(most));
     let tokens = || Axis {
         title: "tokens of the sequence".into(),
         name: "tokens",
@@ -128,7 +124,7 @@ fn charts(rows: &[Row], most: usize, longest: i64, conditions: &Conditions) -> V
         let series = series(rows, |row| (row.tokens == longest).then_some(row.ranks as f64), |m| Some(m.tokens_per_s));
         let x = Axis { title: "ranks".into(), name: "ranks", scale: Scale::Log, format: |ranks| ranks.to_string() };
         let y = Axis { title: "tokens per second".into(), name: "tokens/s", scale: Scale::RoundLog, format: compact };
-        let note = format!("{} tokens at every number of ranks. {}.", grouped(longest), conditions.machine);
+        let note = format!("Median step. {} tokens at every number of ranks.", grouped(longest));
         charts.push(chart("Scaling".into(), note, x, y, series));
     } else {
         let series = series(rows, |row| Some(row.tokens as f64), |m| Some(100.0 * m.exposed));
@@ -186,11 +182,13 @@ fn results(rows: &[Row]) -> String {
         html += &table_html(&table::times(rows));
         html += &table_html(&table::memory_and_messages(rows));
         for reason in table::skipped(rows) {
-            html += &format!("<p class=\"caption\">{}</p>", escape(&reason));
+            html += &format!("<p class=\"caption\">{}</p>", escape(reason));
         }
     }
-    html +=
-        &format!("<pre>{}</pre></section>\n", escape(table::LEGEND.trim_end_matches("\n*         best of its column")));
+    html += &format!(
+        "<pre>{}</pre></section>\n",
+        escape(table::LEGEND.trim_end_matches("\n*          best of its column"))
+    );
     html
 }
 

@@ -60,16 +60,22 @@ const MEMORY_AND_MESSAGES: &[Column] = &[
 
 /// What the columns of the tables mean.
 pub const LEGEND: &str = "\
-times     median (10th to 90th percentile) over rounds; of a round the slowest rank, from a barrier, on a GPU until it is
-          through
-exposed   share of a step in which a rank, or its GPU's computing stream, waits for communication, mean over ranks
-hidden    share of the time that messages are under way, from start to result, in which the rank does not wait
-memory    resident at most in a step (VmHWM), and what of it the step added; of ranks as threads an equal share; on a GPU
-          what libtorch's allocator had given out
-sent, received, messages   of the rank with most, in a step, counted by the flight recorder
-by layers what of `received` the layers' method moved, where a training step moves gradients too
-formula   what the method's formula says its layers receive; held against the count on every rank, each round
-*         best of its column";
+times      median (10th to 90th percentile) over rounds; of a round the slowest rank, from a
+           barrier until it, or its GPU, is through
+tokens/s   of the median step, of all ranks and then of one
+exposed    share of a step in which a rank, or its GPU's computing stream, waits for
+           communication, mean over ranks
+hidden     share of the time that messages are under way, from start to result, in which the
+           rank does not wait
+memory     resident at most in a step (VmHWM), and what of it the step added; of ranks as
+           threads an equal share; on a GPU what libtorch's allocator had given out
+messages   and what is sent and received: of the rank with most, in a step, counted by the
+           flight recorder
+by layers  what of `received` the layers' method moved, where a training step moves gradients
+           too
+formula    what the method's formula says its layers receive; held against the count on every
+           rank, each round
+*          best of its column";
 
 pub fn times(rows: &[Row]) -> Table {
     table(TIMES, rows)
@@ -79,16 +85,20 @@ pub fn memory_and_messages(rows: &[Row]) -> Table {
     table(MEMORY_AND_MESSAGES, rows)
 }
 
-/// Why methods have no row, each as `method: reason`.
-pub fn skipped(rows: &[Row]) -> Vec<String> {
-    rows.iter().filter_map(|row| Some(format!("{}: {}", row.method, row.skipped.as_ref()?))).collect()
+/// Why methods have no row; each reason begins with its method.
+pub fn skipped(rows: &[Row]) -> impl Iterator<Item = &str> {
+    rows.iter().filter_map(|row| row.skipped.as_deref())
+}
+
+/// `1 rank`, `2 ranks`.
+pub fn ranks(n: usize) -> String {
+    format!("{n} rank{}", if n == 1 { "" } else { "s" })
 }
 
 /// A heading for the rows of one length.
 pub fn heading(rows: &[Row]) -> String {
     let Some(row) = rows.first() else { return String::new() };
-    let plural = if row.ranks == 1 { "" } else { "s" };
-    format!("{} rank{plural}, {} tokens", row.ranks, grouped(row.tokens))
+    format!("{}, {} tokens", ranks(row.ranks), grouped(row.tokens))
 }
 
 /// Columns that say nothing of any row are left out.
@@ -234,8 +244,9 @@ pub(super) mod tests {
 
     #[test]
     fn rows_without_figures_say_why() {
-        let refused = Row { skipped: Some("12 heads".to_owned()), measured: None, ..row("ulysses", 1.0) };
-        assert_eq!(skipped(std::slice::from_ref(&refused)), ["ulysses: 12 heads"]);
-        assert_eq!(times(&[refused]).cells.len(), 1);
+        let refused = Row { skipped: Some("ulysses: 12 heads".to_owned()), measured: None, ..row("ulysses", 1.0) };
+        let rows = [refused, row("ring", 1.0)];
+        assert_eq!(skipped(&rows).collect::<Vec<_>>(), ["ulysses: 12 heads"]);
+        assert_eq!(times(&rows).cells.len(), 2);
     }
 }

@@ -67,7 +67,8 @@ pub fn against(machine: &Machine, results: &str) -> Result<Vec<Compared>> {
     }
     let mut compared = Vec::new();
     for (number, text) in results.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
-        let line: Line = serde_json::from_str(text).map_err(|e| wrong(format!("line {}: {e}", number + 1)))?;
+        let line: Line = serde_json::from_str(text)
+            .map_err(|e| wrong(format!("line {} is not one of a results.jsonl: {e}", number + 1)))?;
         if line.row.mode != Mode::Operator && line.config.is_none() {
             let mode = line.row.mode.name();
             return Err(wrong(format!("line {}: found mode {mode} without config: measure it anew", number + 1)));

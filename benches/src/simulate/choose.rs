@@ -106,15 +106,16 @@ pub fn choose(
 }
 
 /// The quickest method for one operator by itself, of the configuration's sizes, length and layout: forward and, if wanted,
-/// backward. `None` if no candidate can run.
+/// backward. `cu_seqlens`: boundaries of documents `[N + 1]`; none: it is one. `None` if no candidate can run.
 pub fn choose_operator(
     machine: &Machine,
     config: &Config,
     kind: LayerKind,
     ranks: usize,
     backward: bool,
+    cu_seqlens: Option<&[i64]>,
 ) -> Result<Option<Choice>> {
-    let work = Workload::one(config, ranks, config.train.seq_len);
+    let work = Workload { cu_seqlens, ..Workload::one(config, ranks, config.train.seq_len) };
     let predict = |method: &Method| {
         let [seconds, exposed] = operator_seconds(machine, method, kind, &work, backward)?;
         Ok((seconds, exposed, false))
@@ -196,6 +197,25 @@ mod tests {
         let mean = (of(&softmax, "ulysses").0 + of(&one, "ulysses").0) / 2.0;
         // Linear layers' choice, made before, may differ.
         assert!((of(&both, "ulysses").0 / mean - 1.0).abs() < 0.05, "{both:?}");
+    }
+
+    #[test]
+    fn documents_count_for_an_operator_too() {
+        let config = Config::from_toml_str(MODEL, "test", &["train.seq_len=65536".to_owned()]).unwrap();
+        let shares: Vec<i64> = (0..=16).map(|n| n * 4096).collect();
+        for machine in [machine(0.1, 0.05, 64), Machine::load("epyc-2core").unwrap()] {
+            let of = |kind, cu_seqlens| {
+                let choice = choose_operator(&machine, &config, kind, 16, true, cu_seqlens).unwrap().unwrap();
+                choice.candidates.into_iter().map(|candidate| candidate.found.unwrap()).collect::<Vec<_>>()
+            };
+            // No state travels, whatever the method, so that nothing is left but threads that wake; and softmax attention has a
+            // sixteenth of the work.
+            let (one, packed) = (of(LayerKind::Linear, None), of(LayerKind::Linear, Some(&shares[..])));
+            assert!(packed.iter().all(|found| found.0 == packed[0].0 && found.1 < 1e-3 * found.0), "{packed:?}");
+            assert!(packed.iter().zip(&one).all(|(packed, one)| packed.0 < one.0), "{packed:?} {one:?}");
+            let (one, packed) = (of(LayerKind::Softmax, None), of(LayerKind::Softmax, Some(&shares[..])));
+            assert!(packed.iter().zip(&one).all(|(packed, one)| packed.0 < one.0), "{packed:?} {one:?}");
+        }
     }
 
     #[test]

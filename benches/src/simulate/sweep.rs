@@ -32,7 +32,8 @@ pub fn numbers(option: &'static str, text: &str) -> Result<Vec<usize>> {
     Ok(all)
 }
 
-fn number(text: &str) -> Option<usize> {
+/// `300`, `64K` or `1M`: a number of at least 1; K and M are 1024 and 1024^2.
+pub fn number(text: &str) -> Option<usize> {
     let (digits, unit) = match text.char_indices().last()? {
         (at, 'k' | 'K') => (&text[..at], 1 << 10),
         (at, 'm' | 'M') => (&text[..at], 1 << 20),

@@ -18,6 +18,7 @@ use runtime::sequence::{Layout, method};
 use runtime::tensor_file;
 use tch::{Device, Kind, Tensor};
 
+use crate::argument::at_least_one;
 use crate::gpu::Place;
 use crate::identity::Launcher;
 use crate::{auto, job, output};
@@ -38,7 +39,7 @@ pub struct Args {
     #[arg(long, help = methods())]
     method: Option<String>,
     /// Number of ranks, as threads; under mpirun, if given, its number of processes [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
     ranks: Option<usize>,
     /// Rank r of W holds segment r of W; zigzag: r and 2W-1-r of 2W, which balances causal softmax
     #[arg(long, value_enum, default_value_t = Order::Contiguous)]
@@ -182,7 +183,7 @@ impl Task {
         })
     }
 
-    /// What the cost model is asked about. It knows one sequence, and heads whose keys are as wide as their values.
+    /// What the cost model is asked about. It knows one sequence of a batch, and heads whose keys are as wide as their values.
     fn config(&self, whole: &inputs::Inputs) -> Config {
         let sizes = whole.sizes;
         let mut config = Config::default();
@@ -212,7 +213,8 @@ impl Task {
             let backward = whole.is_some_and(|whole| whole.d_o.is_some());
             let gpu = self.device == Place::Cuda;
             let operator = auto::Operator { kind, backward, gpu, network: None, option: "--method" };
-            task.method = operator.agree(config.as_ref(), world)?;
+            let cu_seqlens = whole.and_then(|whole| whole.cu_seqlens.as_deref());
+            task.method = operator.agree(config.as_ref(), cu_seqlens, world)?;
         }
         Ok(task)
     }
@@ -250,7 +252,7 @@ pub fn run(args: Args, launcher: &Launcher) -> Result<()> {
 fn on_rank(args: &Args, task: &Task, world: &Group) -> Result<()> {
     let _guard = tch::no_grad_guard();
     let whole = if world.rank() == 0 {
-        check_output(args)?;
+        output::check_file("--output", &args.output)?;
         let whole = inputs::read(&args.input, task).with_context(|| format!("--input {}", args.input.display()))?;
         if task.mixer == Mixer::Softmax && task.method != AUTO {
             let check = method::attention(&task.method)?.check(whole.sizes.heads, world.size());
@@ -270,18 +272,6 @@ fn on_rank(args: &Args, task: &Task, world: &Group) -> Result<()> {
     tensor_file::write(&args.output, &results, &[])?;
     let listed: Vec<_> = results.iter().map(|(name, x)| format!("{name} {:?}", x.size())).collect();
     output::print(&format!("wrote {}: {}\n", args.output.display(), listed.join(", ")))
-}
-
-/// What would make writing fail at the end, found out at the start.
-fn check_output(args: &Args) -> Result<()> {
-    let folder = args.output.parent().filter(|folder| !folder.as_os_str().is_empty());
-    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
-        bail!("--output {}: there is no folder {}", args.output.display(), folder.display());
-    }
-    if args.output.is_dir() {
-        bail!("--output {}: found a folder, expected a file", args.output.display());
-    }
-    Ok(())
 }
 
 /// The results of the whole sequence, in the kind asked for, on rank 0; nothing on the others.

@@ -26,6 +26,7 @@ pub struct Run {
 }
 
 impl Route {
+    /// `node_size`: ranks on a node; `key`: rows of a state, which the ranks of a node share out among them.
     pub fn new(chain: &Chain, node_size: usize, key: i64) -> Self {
         let mut runs: Vec<Run> = Vec::new();
         for (segment, &(rank, _)) in chain.owners.iter().enumerate() {
@@ -38,6 +39,7 @@ impl Route {
         Self { chain: chain.clone(), runs, slices: cut(key, node_size as i64), ranks: chain.ranks(), node_size }
     }
 
+    /// The node on which a rank is.
     pub fn node_of(&self, rank: usize) -> usize {
         rank / self.node_size
     }
@@ -58,6 +60,7 @@ impl Route {
         (0..self.slices.len()).filter(|&slice| self.scans(self.node_of(rank), slice) == rank).collect()
     }
 
+    /// The runs that lie on a node, in order.
     pub fn runs_of(&self, node: usize) -> Vec<usize> {
         (0..self.runs.len()).filter(|&run| self.runs[run].node == node).collect()
     }
@@ -73,6 +76,7 @@ impl Route {
         (i + 1).saturating_sub(d)..i + 1
     }
 
+    /// The segments of consecutive runs.
     pub fn segments(&self, runs: Range<usize>) -> Range<usize> {
         if runs.is_empty() { 0..0 } else { self.runs[runs.start].segments.start..self.runs[runs.end - 1].segments.end }
     }

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use tch::{Kind, Tensor};
 
 /// Every rank's value, in rank order, on every rank. Collective.
-pub(super) fn gather<T: Serialize + DeserializeOwned>(group: &Group, mine: &T) -> Result<Vec<T>> {
+pub fn gather<T: Serialize + DeserializeOwned>(group: &Group, mine: &T) -> Result<Vec<T>> {
     let bytes: Vec<i64> = serde_json::to_vec(mine)?.into_iter().map(i64::from).collect();
     let lengths = numbers(&group.all_gather(&Tensor::f_from_slice(&[bytes.len() as i64])?)?.wait()?)?;
     let gathered = numbers(&group.all_gather_v(&Tensor::f_from_slice(&bytes)?, &lengths)?.wait()?)?;
