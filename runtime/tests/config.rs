@@ -125,6 +125,7 @@ fn wrong_kinds_say_found_and_expected() {
 #[test]
 fn broken_rules_name_the_knob_and_the_numbers() {
     let cases = [
+        ("model.chunk=48", "a power of two of at most 1024"),
         ("model.heads=3", "a divisor of model.dim = 256"),
         ("model.heads=256", "an even head_dim"),
         ("model.kv_heads=3", "a divisor of model.heads = 4"),

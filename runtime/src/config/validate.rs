@@ -42,6 +42,8 @@ fn model(config: &Config) -> Check {
     ] {
         require(value > 0, key, value, "at least 1")?;
     }
+    let halves = u64::try_from(model.chunk).is_ok_and(|chunk| chunk.is_power_of_two() && chunk <= 1024);
+    require(halves, "model.chunk", model.chunk, "a power of two of at most 1024")?;
     require(
         model.dim % model.heads == 0,
         "model.heads",
