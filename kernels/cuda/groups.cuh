@@ -22,15 +22,6 @@ typedef Tile<PRIMED_BYTES> PrimedTile;
 typedef Tile<LOG_BYTES> LogTile;
 typedef Tile<4> NumberTile;
 
-// As in linear.cu.
-struct Segment {
-    int batch, head, start, end;
-    int flags;
-    int slot;
-    int after;
-    int unused;
-};
-
 struct Input {
     const char* data;
     long long batch, token, head;  // strides in numbers

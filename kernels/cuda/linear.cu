@@ -40,6 +40,7 @@
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
+#include "segments.cuh"
 
 // Of a thread, by its warpgroup's role; together what the multiprocessor has.
 constexpr int LOADER_REGISTERS = 40, STATE_REGISTERS = 200, OUTPUT_REGISTERS = 136;
@@ -52,32 +53,12 @@ constexpr __host__ __device__ int max_of(int a, int b) {
     return a > b ? a : b;
 }
 
-// A run of tokens of one head, inside one document.
-struct Segment {
-    int batch, head, start, end;
-    int flags;
-    int slot;  // row of its sum and of its entry state, if a flag tells of one
-    // Where the state at its end is: the row of an entry state, or -1 - the row of a final state.
-    int after;
-    int unused;
-};
-
-// `flags`: 1 another segment of the chain is before it, 2 another is after it, 4 it is the first and a state enters the chain,
-// 8 it is the last and a state leaves. A launch names the flags of the segments that it means.
-
 constexpr int WARP_ARRIVALS = EVERY_THREAD_ARRIVES ? 32 : 1;
 
 DEVICE void warp_arrives(u32 bar, int lane) {
     __syncwarp();
     if (EVERY_THREAD_ARRIVES || lane == 0) barrier_arrive(bar);
 }
-
-// Consecutive segments of one head of one document, in order of time; only if one of them has a flag.
-struct Chain {
-    int first, count;  // slots
-    // Rows of the states that enter from outside and of those that leave, or -1; of gradients the other way round.
-    int entry, final;
-};
 
 struct Decays {
     // Natural logarithms [B, T, H], by strides.
@@ -386,32 +367,9 @@ extern "C" __global__ void __launch_bounds__(256, 1) summarize(const __grid_cons
 
 extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ CombineParams p) {
     const int at = (blockIdx.y * 128 + threadIdx.x) * 4;
-    if (at < p.elements) {
-        const Chain c = p.chains[blockIdx.x];
-        const int entry = p.reverse ? c.final : c.entry, final = p.reverse ? c.entry : c.final;
-        const long long size = p.elements;
-        float4 state = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (entry >= 0 && p.external) {
-            // Part of a message, which need not begin at 16 bytes.
-            const float* from = p.external + entry * size + at;
-            state = make_float4(from[0], from[1], from[2], from[3]);
-        }
-#pragma unroll 4
-        for (int i = 0; i < c.count; ++i) {
-            const int slot = c.first + (p.reverse ? c.count - 1 - i : i);
-            const bool last = i + 1 == c.count;
-            *reinterpret_cast<float4*>(p.entries + slot * size + at) = state;
-            if (last && (final < 0 || !p.finals)) break;
-            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (p.sums) sum = *reinterpret_cast<const float4*>(p.sums + slot * size + at);
-            const float a = exp2f(p.decays[slot]);
-            state.x = a * state.x + sum.x;
-            state.y = a * state.y + sum.y;
-            state.z = a * state.z + sum.z;
-            state.w = a * state.w + sum.w;
-        }
-        if (final >= 0 && p.finals) *reinterpret_cast<float4*>(p.finals + final * size + at) = state;
-    }
+    if (at < p.elements)
+        combine_chain(p.chains[blockIdx.x], p.reverse, at, p.elements, p.sums, p.external, p.entries, p.finals,
+                      [&](int slot) { return exp2f(p.decays[slot]); });
 }
 
 // ---- run -------------------------------------------------------------------------------------------------------

@@ -47,14 +47,9 @@
 #endif
 
 #include "mma.cuh"
+#include "segments.cuh"
 #include "fragments.cuh"
 #include "groups.cuh"
-
-// As in linear.cu.
-struct Chain {
-    int first, count;
-    int entry, final;
-};
 
 struct SummarizeParams {
     Input key, value;  // k and v, or (REVERSE) q and do
@@ -169,33 +164,11 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_AT_ONCE) summarize
 // ---- combine ---------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant__ CombineParams p) {
-    const int at = (blockIdx.y * 128 + threadIdx.x) * 4;
-    const long long size = p.dk * p.dv;
-    if (at < size) {
-        const Chain c = p.chains[blockIdx.x];
-        const int entry = p.reverse ? c.final : c.entry, final = p.reverse ? c.entry : c.final, row = at / p.dv;
-        float4 state = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (entry >= 0 && p.external) {
-            // Part of a message, which need not begin at 16 bytes.
-            const float* from = p.external + entry * size + at;
-            state = make_float4(from[0], from[1], from[2], from[3]);
-        }
-#pragma unroll 4
-        for (int i = 0; i < c.count; ++i) {
-            const int slot = c.first + (p.reverse ? c.count - 1 - i : i);
-            const bool last = i + 1 == c.count;
-            *reinterpret_cast<float4*>(p.entries + slot * size + at) = state;
-            if (last && (final < 0 || !p.finals)) break;
-            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (p.sums) sum = *reinterpret_cast<const float4*>(p.sums + slot * size + at);
-            const float a = p.decays ? exp2f(p.decays[(long long)slot * p.dk + row]) : 1.f;
-            state.x = a * state.x + sum.x;
-            state.y = a * state.y + sum.y;
-            state.z = a * state.z + sum.z;
-            state.w = a * state.w + sum.w;
-        }
-        if (final >= 0 && p.finals) *reinterpret_cast<float4*>(p.finals + final * size + at) = state;
-    }
+    const int at = (blockIdx.y * 128 + threadIdx.x) * 4, size = p.dk * p.dv, row = at / p.dv;
+    if (at < size)
+        combine_chain(p.chains[blockIdx.x], p.reverse, at, size, p.sums, p.external, p.entries, p.finals, [&](int slot) {
+            return p.decays ? exp2f(p.decays[(long long)slot * p.dk + row]) : 1.f;
+        });
 }
 
 // ---- run -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 use tch::{Device, Tensor};
 
 use super::super::driver::{TileMap, driver};
-use super::super::segments::{Call, DecayGrad, Out, Params, Pass, Sums, aligned, blocks, plan};
+use super::super::segments::{Call, DecayGrad, Out, Params, Pass, SEGMENTS, Sums, aligned, blocks, plan};
 use super::super::{Arg, Kernel, Launch, NUMBERS, Program, kernel};
 use super::Hopper;
 use crate::Result;
@@ -14,6 +14,7 @@ pub const LINEAR: Program = Program {
     source: include_str!("../../../cuda/linear.cu"),
     headers: &[
         NUMBERS,
+        SEGMENTS,
         ("hopper.cuh", include_str!("../../../cuda/hopper.cuh")),
         ("wgmma.cuh", include_str!("../../../cuda/wgmma.cuh")),
     ],

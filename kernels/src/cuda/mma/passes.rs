@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::segments::{Call, DecayGrad, Out, Params, Pass, Sums, blocks, plan};
+use super::super::segments::{Call, DecayGrad, Out, Params, Pass, SEGMENTS, Sums, blocks, plan};
 use super::super::{Arg, Gpu, Kernel, Launch, NUMBERS, Program, kernel};
 use super::Mma;
 use crate::Result;
@@ -13,6 +13,7 @@ pub const LINEAR_MMA: Program = Program {
     source: include_str!("../../../cuda/linear_mma.cu"),
     headers: &[
         NUMBERS,
+        SEGMENTS,
         ("mma.cuh", include_str!("../../../cuda/mma.cuh")),
         ("fragments.cuh", include_str!("../../../cuda/fragments.cuh")),
         ("groups.cuh", include_str!("../../../cuda/groups.cuh")),

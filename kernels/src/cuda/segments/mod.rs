@@ -24,6 +24,9 @@ pub use params::Params;
 use plan::{Cut, Plan};
 pub use states::{Part, Sums};
 
+/// The header of all families' sources.
+pub const SEGMENTS: (&str, &str) = ("segments.cuh", include_str!("../../../cuda/segments.cuh"));
+
 /// Tokens of a chunk.
 const CHUNK: i64 = 64;
 
