@@ -2,7 +2,7 @@
 # Methods of sequence parallelism beside each other on this machine's GPUs: benches/gpu-compare.sh [FOLDER]
 # One rank, and then 2, 4 and 8 where there are as many GPUs, each the operator, a layer and training steps of configs/linear-llama3-1b.toml
 # and its hybrid. Leaves in FOLDER what was printed, results.jsonl and report.html of each; FOLDER is benches/runs/DATE-GPU if not given.
-# ONLY='operator|layer': those whose name matches.
+# ONLY='operator|layer': those whose name matches. One that fails does not keep the others from running; the last line names all that did.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lasp=${LASP:-target/release/lasp}
@@ -13,12 +13,14 @@ mkdir -p "$out"
 echo "$gpus" >"$out/machine.txt"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
+failed=()
 go() { # name ranks arguments
   [[ $1 =~ ${ONLY:-.} ]] || return 0
   local to=$out/compare-$1-$2 start=()
   [ "$2" = 1 ] || start=(mpirun --bind-to none -n "$2")
   mkdir -p "$to"
-  "${start[@]}" "$lasp" compare configs/linear-llama3-1b.toml --device cuda --rounds "${ROUNDS:-20}" --out "$to" "${@:3}" | tee "$to/console.txt"
+  "${start[@]}" "$lasp" compare configs/linear-llama3-1b.toml --device cuda --rounds "${ROUNDS:-20}" --out "$to" "${@:3}" |
+    tee "$to/console.txt" || failed+=("$1 on $2")
 }
 
 for ranks in 1 2 4 8; do
@@ -33,3 +35,8 @@ for ranks in 1 2 4 8; do
   go linear-train $ranks --mode train --methods lasp2,lasp1,all_scan,hierarchical --seq-lens 16K,32K
   go softmax-train $ranks --mode train --mixer softmax --set model.pattern=LLLN --seq-lens 16K,32K
 done
+[ ${#failed[@]} = 0 ] || {
+  printf -v names ', %s' "${failed[@]}"
+  echo "failed: ${names:2}" >&2
+  exit 1
+}

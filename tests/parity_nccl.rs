@@ -11,21 +11,11 @@ use std::process::ExitCode;
 use anyhow::Result;
 use collectives::nccl;
 use lasp_tests::mpirun;
-use libtest_mimic::{Arguments, Failed, Trial};
 use tch::Cuda;
 
 const RANKS: [usize; 3] = [1, 2, 4];
 
 fn main() -> ExitCode {
-    if mpirun::inside() {
-        return match on_this_rank() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("{error:#}");
-                ExitCode::FAILURE
-            }
-        };
-    }
     let ranks: Vec<usize> = match env::var("LASP_PARITY_RANKS") {
         Ok(named) => match named.split_whitespace().map(str::parse).collect() {
             Ok(ranks) => ranks,
@@ -36,26 +26,11 @@ fn main() -> ExitCode {
         },
         Err(_) => RANKS.to_vec(),
     };
-    let mut arguments = Arguments::from_args();
-    arguments.test_threads = Some(1);
-    let trial = |ranks| Trial::test(format!("parity_on_{ranks}_ranks"), move || on_ranks(ranks));
-    libtest_mimic::run(&arguments, ranks.into_iter().map(trial).collect()).exit_code()
-}
-
-fn on_ranks(ranks: usize) -> Result<(), Failed> {
-    if let Some(missing) = missing(ranks) {
-        println!("not tested: {missing}");
-        return Ok(());
-    }
-    let status = mpirun::mpirun(ranks, &env::current_exe()?).status()?;
-    if status.success() { Ok(()) } else { Err(format!("mpirun: {status}").into()) }
+    mpirun::main(&ranks, missing, on_this_rank)
 }
 
 /// What this machine lacks for so many ranks.
 fn missing(ranks: usize) -> Option<String> {
-    if !cfg!(feature = "mpi") || !mpirun::available() {
-        return Some("no mpirun, or built without mpi".into());
-    }
     let gpus = open_cuda().map_or(0, |()| Cuda::device_count());
     if gpus < 1 {
         return Some("no CUDA device".into());
@@ -85,13 +60,7 @@ fn on_this_rank() -> Result<()> {
     use std::sync::Arc;
     use std::time::Duration;
 
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        hook(info);
-        if !lasp_tests::is_held() {
-            mpi::abort(1);
-        }
-    }));
+    mpirun::abort_on_panic();
     tch::set_num_threads(1);
     let mpi = mpi::init()?;
     let host = mpi.world();

@@ -26,8 +26,8 @@ PEAK_FLOPS = 989e12
 def model(parameters):
     config = LinearAttentionConfig(
         hidden_size=2048, num_hidden_layers=16, num_heads=16, intermediate_size=8192, vocab_size=128256,
-        feature_map="identity", tie_word_embeddings=True, fuse_cross_entropy=True, fuse_linear_cross_entropy=True,
-        use_cache=False,
+        attn_mode="chunk", feature_map="identity", tie_word_embeddings=True, fuse_cross_entropy=False,
+        fuse_linear_cross_entropy=True, use_cache=False,
     )
     torch.set_default_dtype(getattr(torch, parameters))
     with torch.device("cuda"):

@@ -450,6 +450,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) squares_f32(const float* x
     squares(x, partial, n);
 }
 
+// sum += *scale x.
+template <typename Number>
+DEVICE void add_scaled(Number* sum, const float* x, const float* scale, long long n) {
+    long long at = my_eight();
+    if (at >= n) return;
+    Eight s = load(sum + at), v = load(x + at);
+    float by = *scale;
+#pragma unroll
+    for (int i = 0; i < 8; i++) s.at[i] += by * v.at[i];
+    store(sum + at, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+add_scaled_bf16(bf16* sum, const float* x, const float* scale, long long n) {
+    add_scaled(sum, x, scale, n);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+add_scaled_f32(float* sum, const float* x, const float* scale, long long n) {
+    add_scaled(sum, x, scale, n);
+}
+
 // out[0] = scale |g|, out[1] = what the gradient is to be multiplied by: scale, and less where the norm exceeds `clip` > 0.
 extern "C" __global__ void clipping(const double* partial, int blocks, double scale, double clip, double* out) {
     if (threadIdx.x != 0 || blockIdx.x != 0) return;

@@ -7,7 +7,7 @@
 use tch::{Kind, Tensor};
 
 use crate::Result;
-use crate::cuda::{ops, runs_on};
+use crate::cuda::{matmul, ops, runs_on};
 use crate::linear::accumulation_kind;
 
 /// Whether x `[.., width]` is for the kernels: where they run, bf16, and in 16-byte pieces.
@@ -222,9 +222,43 @@ pub fn cross_entropy(logits: Tensor, labels: &Tensor, ignore: i64, gradient: boo
     Ok((loss, Some(grad.f_to_kind(logits.kind())?)))
 }
 
+/// `a b` of a `[M, K]` and b `[K, N]`, in their kind.
+pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let out = Tensor::f_empty([a.size()[0], b.size()[1]], (a.kind(), a.device()))?;
+    product_into(&out, a, b)?;
+    Ok(out)
+}
+
+/// `out = a b`, of a and b as in [`product`]; out may be wider.
+pub fn product_into(out: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    if matmul::product(out, a, b, None)? {
+        return Ok(());
+    }
+    let mut out = out.shallow_clone();
+    if out.kind() != a.kind() {
+        let _ = out.f_zero_()?;
+        return add_product(&mut out, a, b);
+    }
+    let _ = a.f_mm_out(&out, b)?;
+    Ok(())
+}
+
+/// `c + a b`, all of one kind: c `[M, N]`, a `[M, K]`, b `[K, N]`.
+pub fn product_plus(c: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let out = c.f_empty_like()?;
+    if matmul::product(&out, a, b, Some(c))? {
+        return Ok(out);
+    }
+    drop(out);
+    Ok(c.f_addmm(a, b)?)
+}
+
 /// `sum + a b` of a `[M, K]` and b `[K, N]`, in place where the sum is wider than the factors and the device can: bf16
 /// products on CUDA add to f32 sums.
 pub fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    if matmul::product(sum, a, b, Some(sum))? {
+        return Ok(());
+    }
     if sum.kind() == a.kind() {
         let _ = sum.f_addmm_(a, b)?;
     } else if a.device().is_cuda() && sum.kind() == Kind::Float {
@@ -232,6 +266,18 @@ pub fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     } else {
         let _ = sum.f_addmm_(&a.f_to_kind(sum.kind())?, &b.f_to_kind(sum.kind())?)?;
     }
+    Ok(())
+}
+
+/// `sum + scale x`, in place: x of as many numbers as the sum and at least as wide, scale a single number of the kind of x. One
+/// pass over memory on CUDA, from f32 to bf16 too.
+pub fn add_scaled(sum: &mut Tensor, x: &Tensor, scale: &Tensor) -> Result<()> {
+    let kinds = matches!(sum.kind(), Kind::BFloat16 | Kind::Float) && x.kind() == Kind::Float;
+    let whole = [&*sum, x].iter().all(|x| x.is_contiguous() && ops::aligned(x)) && sum.numel().is_multiple_of(8);
+    if runs_on(sum.device()) && kinds && whole {
+        return ops::add_scaled(sum, x, scale);
+    }
+    let _ = sum.f_addcmul_(x, scale)?;
     Ok(())
 }
 
@@ -326,6 +372,18 @@ mod tests {
     }
 
     #[test]
+    fn scaled_sums() {
+        let (mut sum, x, scale) = (randn(1, &[5, 3]), randn(2, &[5, 3]), Tensor::from(0.25f64));
+        let expected = &sum + &x * 0.25;
+        add_scaled(&mut sum, &x, &scale).unwrap();
+        assert_close("sum", &sum, &expected, 1e-15);
+        let mut narrow = sum.to_kind(Kind::BFloat16);
+        let expected = narrow.to_kind(Kind::Double) + &x * 0.25;
+        add_scaled(&mut narrow, &x.to_kind(Kind::Float), &scale.to_kind(Kind::Float)).unwrap();
+        assert_close("narrow sum", &narrow, &expected, 2.5e-3);
+    }
+
+    #[test]
     fn products_add_up_in_the_wider_kind() {
         let (a, b) = (randn(1, &[5, 3]), randn(2, &[3, 4]));
         let mut sum = Tensor::ones([5, 4], F64);
@@ -336,5 +394,9 @@ mod tests {
         add_product(&mut wide, &narrow(&a), &narrow(&b)).unwrap();
         let expected = narrow(&a).to_kind(Kind::Double).matmul(&narrow(&b).to_kind(Kind::Double));
         assert_close("bf16 to f32", &wide, &expected, 1e-6);
+        product_into(&wide, &narrow(&a), &narrow(&b)).unwrap();
+        assert_close("bf16 into f32", &wide, &expected, 1e-6);
+        assert_close("product", &product(&a, &b).unwrap(), &a.matmul(&b), 1e-12);
+        assert_close("product plus", &product_plus(&sum, &a, &b).unwrap(), &(a.matmul(&b) * 2.0 + 1.0), 1e-12);
     }
 }

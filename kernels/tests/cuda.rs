@@ -52,6 +52,68 @@ fn weight(device: Device, seed: u64, width: i64) -> (Tensor, Tensor) {
     (x.narrow(0, 4, width), x64.narrow(0, 4, width))
 }
 
+#[test]
+fn scaled_sums() {
+    let Some(device) = device(80) else { return };
+    let shape = [if slow(device) { 5 } else { 700 }, 1032];
+    let (x, scale) = (randn(2, &shape), Tensor::from(0.37f32));
+    let (on_x, on_scale) = (x.to_kind(Kind::Float).to_device(device), scale.to_device(device));
+    for (kind, bound) in [(Kind::BFloat16, ROUNDED), (Kind::Float, 1e-6)] {
+        let before = randn(1, &shape).to_kind(kind);
+        let mut sum = before.to_device(device).copy();
+        ops::add_scaled(&sum, &on_x, &on_scale).unwrap();
+        let expected = before.to_kind(Kind::Double) + &x * 0.37;
+        assert_close(&format!("{kind:?}"), &sum, &expected, bound);
+        let expected = sum.to_device(Device::Cpu).to_kind(Kind::Double) + &x * 0.37;
+        block::add_scaled(&mut sum, &on_x, &on_scale).unwrap();
+        assert_close(&format!("{kind:?}"), &sum, &expected, bound);
+    }
+}
+
+/// Both layouts of both factors, with and without a summand, into bf16 and f32: to rounding, with the same bits again, and the
+/// summand untouched unless it is the output.
+#[test]
+fn large_products() {
+    let Some(device) = device(80).filter(|device| device.is_cuda()) else {
+        println!("not tested: no CUDA device");
+        return;
+    };
+    let (m, n, k) = (2304, 1032, 4096);
+    let by = |seed, rows, columns, columnwise: bool| {
+        let (x, x64) = pair(device, seed, &if columnwise { [columns, rows] } else { [rows, columns] });
+        if columnwise { (x.transpose(0, 1), x64.transpose(0, 1)) } else { (x, x64) }
+    };
+    for (a_by, b_by) in [(false, false), (false, true), (true, false), (true, true)] {
+        let ((a, a64), (b, b64)) = (by(1, m, k, a_by), by(2, k, n, b_by));
+        let ((c, c64), product) = (by(3, m, n, false), a64.matmul(&b64));
+        for kind in [Kind::BFloat16, Kind::Float] {
+            let bound = if kind == Kind::Float { 1e-5 } else { ROUNDED };
+            let (c, out) = (c.to_kind(kind).copy(), Tensor::full([m, n], f64::NAN, (kind, device)));
+            let compute = |plus: Option<&Tensor>| {
+                let out = out.copy();
+                assert!(cuda::matmul::product(&out, &a, &b, plus).unwrap());
+                out
+            };
+            let what = format!("{a_by} {b_by} {kind:?}");
+            let out = compute(None);
+            assert_close(&what, &out, &product, bound);
+            assert!(out.equal(&compute(None)), "{what}: other bits");
+            let before = c.copy();
+            let sum = compute(Some(&c));
+            assert_close(&what, &sum, &(&product + &c64), bound);
+            assert!(c.equal(&before), "{what}: the summand has changed");
+            // cuBLASLt rounds the product to bf16 before it adds it in place.
+            let in_place = |c: &Tensor| assert!(cuda::matmul::product(c, &a, &b, Some(c)).unwrap());
+            in_place(&c);
+            assert_close(&what, &c, &(&product + &c64), bound);
+            in_place(&before);
+            assert!(before.equal(&c), "{what}: other bits in place");
+        }
+    }
+    let small = pair(device, 1, &[8, 8]).0;
+    assert!(!cuda::matmul::product(&small.copy(), &small, &small, None).unwrap(), "left to libtorch");
+}
+
 /// Cases of `(rows, columns)`; on the emulator of few rows.
 fn rows<const N: usize>(device: Device, cases: [(i64, i64); N]) -> [(i64, i64); N] {
     cases.map(|(rows, columns)| (if slow(device) { rows.min(40) } else { rows }, columns))

@@ -307,9 +307,17 @@ fn time() {
     let mixer = Fused::new(Chunkwise::new(64, 128f64.powf(-0.5)).unwrap());
     for kind in [Kind::BFloat16, Kind::Half, Kind::Float] {
         for decay in ["none", "token", "channel", "channel strong"] {
-            let case = Case { b: 1, t: 16384, h: 16, dk: 128, dv: 128 };
-            let x = on(&common::inputs(kind, decay, case), device);
-            let d_o = randn(5, &x.v.size()).to_kind(kind).to_device(device);
+            let normal = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, device));
+            let shape = [1, 16384, 16, 128];
+            let strength = if decay.ends_with("strong") { 80.0 } else { 0.1 };
+            let g = match decay.split(' ').next() {
+                Some("token") => Some(normal(&shape[..3]).exp() * -strength),
+                Some("channel") => Some(normal(&shape).exp() * -strength),
+                _ => None,
+            };
+            let [q, k, v, d_o] = std::array::from_fn(|_| normal(&shape).to_kind(kind));
+            let mut x = Inputs::new(&q, &k, &v, g.as_ref()).unwrap();
+            x.decay_grad = g.is_some();
             let forward = || {
                 let mut segment = mixer.forward(&x, None).unwrap();
                 segment.run().unwrap();

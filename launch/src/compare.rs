@@ -16,7 +16,7 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use collectives::Group;
 use collectives::local::Network;
-use runtime::config::{Config, DataConfig, DecayKind, DeviceKind, LayoutKind};
+use runtime::config::{self, Config, DataConfig, DecayKind, DeviceKind, LayoutKind};
 use runtime::metrics::format_duration;
 use serde_json::{Value, json};
 use tch::Device;
@@ -210,7 +210,7 @@ fn options(args: &Args) -> Result<Options> {
         Some(Decay::Channel) => give("model.decay", "channel".to_owned()),
         None => {}
     }
-    let config = load(&set)?;
+    let config = load(&set).map_err(|error| in_options(error, args))?;
     let layout = match args.layout {
         Some(Layout::Contiguous) => LayoutKind::Contiguous,
         Some(Layout::Zigzag) => LayoutKind::Zigzag,
@@ -221,6 +221,25 @@ fn options(args: &Args) -> Result<Options> {
         None => Method::all(args.mixer, layout, args.network.map(|network| network.node)),
     };
     Ok(Options { mixer: args.mixer, mode: args.mode, methods, rounds: args.rounds, device, config })
+}
+
+/// What is wrong with a setting that an option has given, in the option's words.
+fn in_options(error: config::Error, args: &Args) -> anyhow::Error {
+    let config::Error::Value { key, expected, .. } = &error else { return error.into() };
+    let (option, found) = match key.as_str() {
+        // The width of all heads is made a multiple of their number: only that of one can be wrong.
+        "model.dim" | "model.heads" if args.dim.is_some() => ("--dim", args.dim),
+        "model.dim" | "model.heads" => ("--heads", args.heads),
+        "model.kv_heads" => ("--kv-heads", args.kv_heads),
+        "model.chunk" => ("--chunk", args.chunk),
+        // That the method takes the decay of the configuration has been seen.
+        "parallel.linear_method" if args.decay.is_some() => return anyhow::Error::new(error).context("--decay"),
+        _ => return error.into(),
+    };
+    match found {
+        Some(found) => anyhow::anyhow!("{option}: found {found}, expected {expected}"),
+        None => error.into(),
+    }
 }
 
 /// One number of ranks: collective over `world`; rank 0 prints and writes.

@@ -168,6 +168,9 @@ fn plan_and_doctor_say_what_they_found() {
     for word in ["linear layer: forward, at most", "softmax layer: backward", "total, at most", "send", "recv"] {
         assert!(ran.out.contains(word), "expected {word:?} in:\n{}", ran.out);
     }
+    let constant = ["--set", "model.decay=retention"];
+    let ran = lasp(&[&["plan", &config, "--ranks", "4"], &methods[..], &constant].concat()).succeeds();
+    assert!(ran.out.contains("linear layer: forward ") && !ran.out.contains("at most"), "{}", ran.out);
     let ran = lasp(&["plan", &config, "--ranks", "4", "--json"]).succeeds();
     let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
     assert_eq!(json["tokens"]["per_rank"], serde_json::json!([16, 16, 16, 16]));

@@ -191,7 +191,24 @@ fn a_method_that_cannot_run_is_a_reason_or_an_error() {
     fails("--mixer softmax --decay token", &["--decay: softmax attention has none"]);
     fails("--seq-lens 0", &["expected a number of tokens above 0"]);
     fails("--chunk 0", &["'--chunk <C>'", "expected a whole number of at least 1"]);
+    fails("--chunk 48", &["--chunk: found 48, expected a power of two"]);
     fails("--ranks 2,0", &["'--ranks <N,..>'", "expected a whole number of at least 1"]);
+}
+
+#[test]
+fn what_is_wrong_with_a_size_is_said_of_its_option() {
+    let folder = tempfile::tempdir().unwrap();
+    let fails = |arguments: &str, words: &[&str]| {
+        let mut command = command(Ranks::Threads(1));
+        run(command.arg("compare").args(arguments.split(' ')).arg("--out").arg(folder.path())).fails_with(words);
+    };
+    fails("--dim 63", &["--dim: found 63, expected an even head_dim"]);
+    fails("--heads 3 --dim 63", &["--dim: found 63, expected an even head_dim"]);
+    fails("--heads 3 --kv-heads 2", &["--kv-heads: found 2, expected a divisor of model.heads = 3"]);
+    let left_product = "--set parallel.linear_method=ring_left_product --decay token";
+    fails(left_product, &["--decay: parallel.linear_method", "a method that carries states"]);
+    // What no option gave is said as ever.
+    fails("--dim 64 --set model.chunk=48", &["model.chunk in override `model.chunk=48`"]);
 }
 
 #[test]

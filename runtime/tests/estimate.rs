@@ -158,6 +158,25 @@ fn messages_of_every_linear_method_are_those_of_a_step() {
     }
 }
 
+/// Under a constant decay it is known beforehand what a truncated scan leaves out.
+#[test]
+fn a_truncated_scan_sends_what_its_constant_decays_leave() {
+    // One head of Retention keeps less than 2^-24 over 600 tokens: each of these ranks hears of its neighbour alone.
+    let near = ["model.pattern=L", "model.heads=1", "model.kv_heads=1", "model.decay=retention", "train.batch=1"];
+    let near = [&near[..], &["train.seq_len=1800", "parallel.linear_method=lasp2:truncate"]].concat();
+    check(3, &near);
+    let first = traffic_of(&config(3, &near), 0).unwrap();
+    assert!(!first.at_most && first.messages.iter().all(|m| m.place == "step" || m.each.messages == 1), "{first:?}");
+    // Lightning's later layers keep more: over a rank's 4096 tokens the slowest head of these e^-16, e^-10.7, e^-5.3 and nearly 1.
+    let layers = ["model.pattern=L", "model.decay=lightning", "parallel.linear_method=lasp2:truncate"];
+    let config = config(8, &[&layers[..], &["train.seq_len=32768", "train.batch=1"]].concat());
+    let traffic = traffic_of(&config, 7).unwrap();
+    let forward = traffic.messages.iter().filter(|m| (m.what, m.op) == ("forward", "recv"));
+    let forward: Vec<_> = forward.map(|m| (m.places, m.each.messages, m.at_most)).collect();
+    assert_eq!(forward, [(2, 2, false), (1, 4, false), (1, 7, false)]);
+    assert!(!traffic.at_most);
+}
+
 #[test]
 fn messages_of_every_softmax_method_in_a_hybrid_are_those_of_a_step() {
     for (i, name) in method::ATTENTIONS.iter().enumerate() {

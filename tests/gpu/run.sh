@@ -42,7 +42,8 @@ training() {
   "$P/lasp" data prepare kernels/src runtime/src --glob '*.rs' --out "$runs/corpus.bin" > "$runs/corpus.log" 2>&1 || { cat "$runs/corpus.log"; return 1; }
   go() { # pattern ranks device
     local name=$1-$2-$3
-    mpirun --oversubscribe --bind-to none -n "$2" "$P/lasp" train tests/gpu/training.toml --run-dir "$runs/$name" \
+    # So small a model is slower with all cores, of which the other runs want some too.
+    OMP_NUM_THREADS=2 mpirun --oversubscribe --bind-to none -n "$2" "$P/lasp" train tests/gpu/training.toml --run-dir "$runs/$name" \
       --set "data.path=$runs/corpus.bin" --set "model.pattern=$1" --set "parallel.sp=$2" --set "train.device=$3" \
       < /dev/null > "$runs/$name.log" 2>&1 || { echo "$name: rc $?"; tail -n 20 "$runs/$name.log"; }
   }

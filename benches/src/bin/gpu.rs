@@ -1,36 +1,57 @@
 //! Linear attention on one GPU, forward and backward: milliseconds by CUDA events, the L2 cache overwritten before each, over
 //! the time in which memory could move what must be moved (forward: q, k, v in, o out; with backward eleven such tensors).
-//! A JSON line for each decay and length. `benches/gpu-kernels.sh` puts it beside flash-linear-attention.
+//! A JSON line for each decay and length. `--documents` packs the tokens: documents of unequal lengths in one call, between which
+//! no state passes. `benches/gpu-kernels.sh` puts it beside flash-linear-attention.
+
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use benches::Timing;
 use clap::Parser;
 use kernels::cuda::Stopwatch;
 use kernels::linear::oracle::Whole;
-use kernels::linear::{Inputs, StateMixer, mixer};
+use kernels::linear::{Grads, Inputs, Piece, StateMixer, mixer};
 use kernels::testing::relative_rms;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 #[derive(Parser)]
 struct Options {
-    #[arg(long, value_delimiter = ',', default_value = "16384,131072")]
+    #[arg(long, value_delimiter = ',', default_value = "16384,131072", value_parser = clap::value_parser!(i64).range(1..))]
     tokens: Vec<i64>,
-    #[arg(long, value_delimiter = ',', default_value = "none,head,token")]
+    #[arg(long, value_delimiter = ',', default_value = "none,head,token", value_parser = ["none", "head", "token", "channel"])]
     decays: Vec<String>,
-    #[arg(long, default_value_t = 16)]
+    /// The tokens are those of so many documents, 64 each and the rest in the proportions 1, 6, 2, 12, 3, 1, 6, ..
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
+    documents: i64,
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(i64).range(1..))]
     heads: i64,
     /// K = V.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(i64).range(1..))]
     dim: i64,
-    #[arg(long, default_value_t = 30)]
-    runs: usize,
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
 }
 
 const DEVICE: Device = Device::Cuda(0);
 const CACHE: i64 = 256 << 20;
 
-/// q, k, v in bf16 on the CPU.
+/// Tokens that every document has, and the proportions of the rest; `peers/linear_attention.py` has the same.
+const AT_LEAST: i64 = 64;
+const PROPORTIONS: [i64; 5] = [1, 6, 2, 12, 3];
+
+/// Where documents begin and end, `[N + 1]`.
+fn cu_seqlens(tokens: i64, documents: i64) -> Vec<i64> {
+    let shares = PROPORTIONS.iter().cycle().scan(0, |sum, share| {
+        *sum += share;
+        Some(*sum)
+    });
+    let shares: Vec<i64> = std::iter::once(0).chain(shares).take(documents as usize + 1).collect();
+    let (all, rest) = (shares[documents as usize], tokens - AT_LEAST * documents);
+    shares.iter().zip(0..).map(|(share, n)| AT_LEAST * n + rest * share / all).collect()
+}
+
+/// q, k, v in bf16 on the GPU.
 fn inputs(o: &Options, tokens: i64, decay: &str) -> Result<Inputs> {
     let shape = [1, tokens, o.heads, o.dim];
     let x = || Tensor::randn(shape, (Kind::Float, DEVICE)).to_kind(Kind::BFloat16);
@@ -39,8 +60,7 @@ fn inputs(o: &Options, tokens: i64, decay: &str) -> Result<Inputs> {
         "none" => None,
         "head" => Some(g(&shape[2..3])),
         "token" => Some(g(&shape[..3])),
-        "channel" => Some(g(&shape)),
-        other => anyhow::bail!("--decays: found {other:?}, expected none, head, token or channel"),
+        _ => Some(g(&shape)),
     };
     let mut x = Inputs::new(&x(), &x(), &x(), log_decay.as_ref())?;
     // A constant per head is no parameter.
@@ -52,31 +72,64 @@ fn scale(o: &Options) -> f64 {
     1.0 / (o.dim as f64).sqrt()
 }
 
-/// Forward and backward through the traits, as a layer of the model does.
-fn step(mixer: &dyn StateMixer, x: &Inputs, d_o: Option<&Tensor>) -> Result<Tensor> {
-    let mut forward = mixer.forward(x, None)?;
-    forward.run()?;
-    let o = forward.finish()?;
-    if let Some(d_o) = d_o {
-        let mut backward = mixer.backward(x, None, d_o)?;
-        backward.run_grad()?;
-        backward.finish()?;
-    }
-    Ok(o)
+/// Packed documents, given to the traits as a layer of the model on one rank does: no state enters or leaves.
+struct Work {
+    mixer: Arc<dyn StateMixer>,
+    x: Inputs,
+    d_o: Tensor,
+    cu_seqlens: Vec<i64>,
+    pieces: Vec<Piece>,
+    entries: Vec<Option<Tensor>>,
 }
 
-/// No figure without parity: a short sequence against the f64 recurrence.
+impl Work {
+    fn new(o: &Options, tokens: i64, documents: i64, decay: &str) -> Result<Self> {
+        let x = inputs(o, tokens, decay)?;
+        let cu_seqlens = cu_seqlens(tokens, documents);
+        let piece = |ends: &[i64]| Piece { tokens: ends[1] - ends[0], enters: false, leaves: false };
+        Ok(Self {
+            mixer: mixer(64, scale(o))?,
+            d_o: x.v.f_randn_like()?,
+            x,
+            pieces: cu_seqlens.windows(2).map(piece).collect(),
+            entries: (0..documents).map(|_| None).collect(),
+            cu_seqlens,
+        })
+    }
+
+    /// o, and what backward is to have of forward.
+    fn forward(&self) -> Result<(Tensor, Option<Vec<Tensor>>)> {
+        let mut forward = self.mixer.forward_pieces(&self.x, &self.pieces, &self.entries)?;
+        forward.run()?;
+        let saved = forward.take_saved()?;
+        Ok((forward.finish()?, saved))
+    }
+
+    fn backward(&self, saved: Option<Vec<Tensor>>) -> Result<Grads> {
+        let mut backward = self.mixer.backward_pieces(&self.x, &self.pieces, &self.entries, &self.d_o, saved)?;
+        backward.run_grad()?;
+        Ok(backward.finish()?)
+    }
+
+    fn both(&self) -> Result<()> {
+        let (_o, saved) = self.forward()?;
+        self.backward(saved).map(drop)
+    }
+}
+
+/// No figure without parity: a short sequence, of a few documents if there are several, against the f64 recurrence.
 fn check(o: &Options, decay: &str) -> Result<()> {
-    let x = inputs(o, 1000, decay)?;
-    let (mixer, d_o) = (mixer(64, scale(o))?, x.v.randn_like());
+    let work = Work::new(o, 1000, o.documents.min(8), decay)?;
     let on_cpu = |x: &Tensor| x.to_device(Device::Cpu).to_kind(Kind::Double);
+    let x = &work.x;
     let decays = x.decay.tensor().map(on_cpu);
     let exact = Inputs::new(&on_cpu(&x.q), &on_cpu(&x.k), &on_cpu(&x.v), decays.as_ref())?;
-    let whole = Whole { inputs: &exact, cu_seqlens: None, initial_state: None, causal: true, scale: scale(o) };
-    let grads = mixer.backward(&x, None, &d_o)?.finish()?;
-    let exact_grads = whole.backward(&on_cpu(&d_o))?;
+    let cu_seqlens = Some(work.cu_seqlens.as_slice());
+    let whole = Whole { inputs: &exact, cu_seqlens, initial_state: None, causal: true, scale: scale(o) };
+    let (o, saved) = work.forward()?;
+    let (grads, exact_grads) = (work.backward(saved)?, whole.backward(&on_cpu(&work.d_o))?);
     for (what, ours, exact) in [
-        ("o", step(mixer.as_ref(), &x, None)?, whole.forward()?.o),
+        ("o", o, whole.forward()?.o),
         ("dq", grads.dq, exact_grads.dq),
         ("dk", grads.dk, exact_grads.dk),
         ("dv", grads.dv, exact_grads.dv),
@@ -84,7 +137,8 @@ fn check(o: &Options, decay: &str) -> Result<()> {
         let error = relative_rms(&ours, &exact);
         ensure!(
             error <= 6e-3,
-            "decay {decay}, {what}: relative RMS error {error:.1e} against the recurrence, no figures"
+            "decay {decay}, {} documents, {what}: relative RMS error {error:.1e} against the recurrence, no figures",
+            work.pieces.len()
         );
     }
     Ok(())
@@ -94,16 +148,16 @@ fn check(o: &Options, decay: &str) -> Result<()> {
 struct Clock {
     watch: Stopwatch,
     cache: Tensor,
-    runs: usize,
+    runs: u32,
 }
 
 impl Clock {
-    fn new(runs: usize) -> Result<Self> {
+    fn new(runs: u32) -> Result<Self> {
         Ok(Self { watch: Stopwatch::new(DEVICE)?, cache: Tensor::f_zeros([CACHE], (Kind::Uint8, DEVICE))?, runs })
     }
 
     fn time(&mut self, body: impl Fn() -> Result<()>) -> Result<Timing> {
-        let mut times = Vec::with_capacity(self.runs);
+        let mut times = Vec::with_capacity(self.runs as usize);
         for run in 0..self.runs + 3 {
             let _ = self.cache.zero_();
             let ms = self.watch.time::<anyhow::Error>(&body)?;
@@ -125,26 +179,31 @@ impl Clock {
 
 fn main() -> Result<()> {
     let o = Options::parse();
+    let room = (o.tokens.iter().min().unwrap_or(&0) / AT_LEAST).max(1);
+    ensure!(
+        o.documents <= room,
+        "--documents {}: expected 1 to {room}, of {AT_LEAST} tokens and more each (--tokens)",
+        o.documents
+    );
     kernels::bridge::open_cuda().context("not measured: no CUDA device")?;
-    ensure!(o.runs > 0 && tch::Cuda::is_available(), "not measured: no CUDA device");
+    ensure!(tch::Cuda::is_available(), "not measured: no CUDA device");
     let _guard = tch::no_grad_guard();
     let mut clock = Clock::new(o.runs)?;
     let rate = clock.memory_rate()?;
     for decay in &o.decays {
         check(&o, decay)?;
         for &tokens in &o.tokens {
-            let x = inputs(&o, tokens, decay)?;
-            let (mixer, d_o) = (mixer(64, scale(&o))?, x.v.f_randn_like()?);
-            let forward = clock.time(|| step(mixer.as_ref(), &x, None).map(drop))?;
-            let both = clock.time(|| step(mixer.as_ref(), &x, Some(&d_o)).map(drop))?;
+            let work = Work::new(&o, tokens, o.documents, decay)?;
+            let forward = clock.time(|| work.forward().map(drop))?;
+            let both = clock.time(|| work.both())?;
             let before = kernels::bridge::device_memory(0)?.now;
             kernels::bridge::reset_peak_memory(0)?;
-            drop(step(mixer.as_ref(), &x, Some(&d_o))?);
+            work.both()?;
             let extra = kernels::bridge::device_memory(0)?.peak.saturating_sub(before);
             let tensor = (tokens * o.heads * o.dim * 2) as f64;
             let share = |tensors: f64, ms: f64| tensors * tensor / rate * 1e3 / ms;
             let line = json!({
-                "decay": decay, "tokens": tokens, "heads": o.heads, "dim": o.dim, "runs": o.runs,
+                "decay": decay, "tokens": tokens, "documents": o.documents, "heads": o.heads, "dim": o.dim, "runs": o.runs,
                 "forward_ms": forward.median_ms, "both_ms": both.median_ms,
                 "forward": forward.json(), "both": both.json(),
                 "forward_of_floor": share(4.0, forward.median_ms), "both_of_floor": share(11.0, both.median_ms),
@@ -155,4 +214,20 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_fill_the_tokens_unevenly() {
+        assert_eq!(cu_seqlens(16384, 4), [0, 832, 5504, 7104, 16384]);
+        assert_eq!((cu_seqlens(5, 1), cu_seqlens(192, 3)), (vec![0, 5], vec![0, 64, 128, 192]));
+        for documents in [2, 7, 16, 250] {
+            let ends = cu_seqlens(16384, documents);
+            assert_eq!((ends.len() as i64, ends[0], ends[ends.len() - 1]), (documents + 1, 0, 16384));
+            assert!(ends.windows(2).all(|ends| ends[1] - ends[0] >= AT_LEAST), "{ends:?}");
+        }
+    }
 }

@@ -8,7 +8,7 @@
 
 use runtime::config::{Config, DecayKind, LayerKind, LayoutKind};
 use runtime::estimate::{Activations, Parameters};
-use runtime::model::{self, constant_decay};
+use runtime::model::constant_log_decay;
 use runtime::sequence::LayerSizes;
 use runtime::sequence::scan::{DecayForm, Reach, StateSize};
 
@@ -157,11 +157,11 @@ impl<'a> Costs<'a> {
 
     /// How far back states of linear layer `layer` matter to a truncated scan. Where decays depend on the data, or it is not said
     /// which layer: everywhere.
-    pub fn reach(&self, layer: Option<usize>, layers: usize, pass: Pass) -> Result<Reach> {
-        Ok(match layer.map(|layer| log_decay(self.decay, self.heads as i64, layer, layers)).transpose()?.flatten() {
+    pub fn reach(&self, layer: Option<usize>, layers: usize, pass: Pass) -> Reach {
+        match layer.and_then(|layer| constant_log_decay(self.decay, self.heads as i64, layer, layers)) {
             Some(log_decay) => Reach::constant(&log_decay, self.packing.chain(pass), self.size.width),
             None => Reach::full(),
-        })
+        }
     }
 
     /// A pass over `bytes` of memory.
@@ -242,10 +242,4 @@ pub fn layer_sizes(config: &Config, kind: LayerKind) -> LayerSizes {
         dv: model.head_dim(),
         kind: config.train.dtype.kind(),
     }
-}
-
-/// The log-decays `[H]` of a layer where they are constants.
-pub fn log_decay(decay: DecayKind, heads: i64, layer: usize, layers: usize) -> Result<Option<Vec<f64>>> {
-    let constants = constant_decay(decay, heads, layer, layers)?;
-    Ok(constants.map(Vec::try_from).transpose().map_err(model::Error::from)?)
 }

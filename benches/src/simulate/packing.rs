@@ -110,8 +110,14 @@ impl Packing {
     /// Segments from whose states `rank` folds those that enter its own.
     pub fn folded(&self, rank: usize, pass: Pass, reach: &Reach) -> usize {
         let chain = self.chain(pass);
+        let last = chain.owners.len().saturating_sub(1);
+        let mut held = self.held[rank].clone();
+        if pass == Pass::Backward {
+            held.iter_mut().for_each(|segment| *segment = last - *segment);
+            held.reverse();
+        }
         let (mut count, mut at) = (0, 0);
-        for segment in (0..chain.owners.len()).filter(|&segment| chain.owners[segment].0 == rank) {
+        for segment in held {
             if let Some(first) = reach.back(chain, segment) {
                 count += segment - first.max(at);
             }

@@ -8,7 +8,7 @@ use runtime::sequence::scan::{DecayForm, Reach};
 use runtime::sequence::{Messages, method};
 
 use super::attention::Attend;
-use super::costs::{Costs, Pass, layer_sizes, log_decay};
+use super::costs::{Costs, Pass, layer_sizes};
 use super::exchange::Exchange;
 use super::host::{self, Host};
 use super::machine::{Machine, Sharding};
@@ -67,33 +67,37 @@ impl Moved {
         let decay = DecayForm::of(costs.decay);
         let [softmax, linear] = [LayerKind::Softmax, LayerKind::Linear].map(|kind| layer_sizes(work.config, kind));
         let forwards = if work.config.train.activation_checkpointing { 2 } else { 1 };
+        // Layers of a kind are alike, but for how far a truncated scan reaches.
+        let mut sorts: Vec<(LayerKind, Option<[Reach; 2]>, f64)> = Vec::new();
+        for (layer, &kind) in kinds.iter().enumerate() {
+            let reach = |pass| costs.reach(Some(layer), kinds.len(), pass);
+            let reaches = match truncated && kind == LayerKind::Linear && decay == DecayForm::Head {
+                true => Some([reach(Pass::Forward), reach(Pass::Backward)]),
+                false => None,
+            };
+            match sorts.iter_mut().find(|(other, of, _)| *other == kind && *of == reaches) {
+                Some((.., layers)) => *layers += 1.0,
+                None => sorts.push((kind, reaches, 1.0)),
+            }
+        }
         let mut plan = costs.packing.plan(0);
         for rank in 0..work.gpus {
             costs.packing.turn(&mut plan, rank);
-            // Layers of a kind are alike, but for how far a truncated scan reaches.
-            let mut known = [None, None];
-            for (layer, &kind) in kinds.iter().enumerate() {
-                let place = usize::from(kind == LayerKind::Linear);
-                let constants = match truncated && place == 1 {
-                    true => log_decay(costs.decay, work.config.model.heads, layer, kinds.len())?,
-                    false => None,
-                };
-                let traffic = match (&known[place], kind, method.linear.name()) {
-                    (Some(traffic), ..) if constants.is_none() => Clone::clone(traffic),
-                    (_, LayerKind::Softmax, _) => method::attention(method.softmax.name())?.traffic(&plan, &softmax),
-                    (_, LayerKind::Linear, None) => Default::default(),
-                    (_, LayerKind::Linear, Some(name)) => {
-                        method::linear_traffic_under(&name, &plan, &linear, decay, constants.as_deref())?
+            for (kind, reaches, layers) in &sorts {
+                let traffic = match (kind, method.linear.name()) {
+                    (LayerKind::Softmax, _) => method::attention(method.softmax.name())?.traffic(&plan, &softmax),
+                    (LayerKind::Linear, None) => Default::default(),
+                    (LayerKind::Linear, Some(name)) => {
+                        method::linear_traffic_within(&name, &plan, &linear, decay, reaches.as_ref())?
                     }
                 };
                 let count = |of: &Messages| of.iter().map(|(_, count)| count.messages).sum::<u64>();
-                let times = work.passes as f64 / work.gpus as f64;
+                let times = layers * work.passes as f64 / work.gpus as f64;
                 let [forward, backward] =
                     [&traffic.forward, &traffic.backward].map(|of| [count(of), of.bytes().received]);
                 moved.messages += times * (forwards * forward[0] + backward[0]) as f64;
                 moved.received += times * (forwards * forward[1] + backward[1]) as f64;
                 moved.at_most |= traffic.at_most;
-                known[place] = Some(traffic);
             }
         }
         Ok(moved)
@@ -155,7 +159,7 @@ fn operators(
     for (layer, _) in kinds.iter().enumerate().filter(|(_, found)| **found == kind) {
         let layer = truncated.then_some(layer);
         let reach = |pass| costs.reach(layer, kinds.len(), pass);
-        let reaches = [reach(Pass::Forward)?, reach(Pass::Backward)?];
+        let reaches = [reach(Pass::Forward), reach(Pass::Backward)];
         let seconds = match last {
             Some((of, seconds)) if of == reaches => seconds,
             _ => host::operator(host, network, costs, method, kind, work, &reaches)?,
@@ -381,7 +385,7 @@ impl Step<'_> {
     fn linear(&mut self, pass: Pass, layer: Option<usize>) -> Result<()> {
         let (costs, method, ranks) = (self.costs, self.method.linear, self.costs.ranks);
         let truncated = matches!(method, Linear::Truncated { .. });
-        let reach = costs.reach(layer.filter(|_| truncated), self.layers, pass)?;
+        let reach = costs.reach(layer.filter(|_| truncated), self.layers, pass);
         let flows = costs.packing.chain(pass).flows() && method != Linear::None;
         let work: Vec<[f64; 2]> = (0..ranks).map(|rank| costs.linear(rank, pass)).collect();
         let part = |timeline: &mut Timeline, part: usize| -> Vec<f64> {
@@ -665,7 +669,7 @@ mod tests {
     fn a_thousand_gpus_take_no_time_to_simulate() {
         let config = config(&["model.layers=16"]);
         let start = std::time::Instant::now();
-        for method in ["lasp2+lasp2h", "lasp1+ring@zigzag", "all_scan+megatron_sp", "hierarchical"] {
+        for method in ["lasp2+lasp2h", "lasp1+ring@zigzag", "all_scan+megatron_sp", "hierarchical", "lasp2:truncate"] {
             point(&config, method, 1024, 1 << 22);
         }
         assert!(start.elapsed().as_secs_f64() < 5.0, "{:?}", start.elapsed());

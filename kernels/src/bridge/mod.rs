@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
 use crate::{Error, Result};
@@ -271,6 +271,15 @@ pub(crate) fn attention_backward(
         ))?;
         Ok([dq, dk, dv].map(|x| Tensor::from_ptr(x)))
     }
+}
+
+/// x, of the CPU, on `device`; a GPU copies it when its stream gets there, and nobody waits for that.
+pub fn upload(x: &Tensor, device: Device) -> Result<Tensor> {
+    if !device.is_cuda() {
+        return Ok(x.f_to_device(device)?);
+    }
+    // libtorch keeps pinned memory from being used again before the copy is done.
+    Ok(x.f_pin_memory(device)?.f_internal_to_copy((x.kind(), device), true)?)
 }
 
 /// Ends this process at once, whatever its other threads do. `std::process::exit` would first destroy libtorch's globals,

@@ -1,5 +1,5 @@
-//! Compiled kernels on disk, so that only the first run of a program compiles: one file a cubin, named by the hash of all that
-//! it depends on, and beginning with the hash of itself. A file that is damaged counts as absent.
+//! Compiled kernels and chosen algorithms on disk, so that only the first run of a program compiles and chooses: a file each,
+//! named by the hash of all that it depends on, and beginning with the hash of itself. A file that is damaged counts as absent.
 
 use std::fs;
 use std::io::Write;
@@ -11,7 +11,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
 
-/// Where compiled kernels are kept from now on; `None`: nowhere. The first call counts.
+/// Where they are kept from now on; `None`: nowhere. The first call counts.
 pub fn keep_in(folder: Option<PathBuf>) {
     let _ = FOLDER.set(folder);
 }
@@ -20,14 +20,14 @@ pub(super) fn folder() -> Option<&'static Path> {
     FOLDER.get().and_then(|folder| folder.as_deref())
 }
 
-/// The name of a file for what was compiled from `parts`.
-pub(super) fn name(program: &str, arch: &str, parts: &[&str]) -> String {
+/// The name of a file for what follows from `parts`.
+pub(super) fn name(of: &str, arch: &str, extension: &str, parts: &[&str]) -> String {
     let mut hash = Xxh3::new();
     for part in parts {
         hash.update(&(part.len() as u64).to_le_bytes());
         hash.update(part.as_bytes());
     }
-    format!("{program}-{arch}-{:032x}.cubin", hash.digest128())
+    format!("{of}-{arch}-{:032x}.{extension}", hash.digest128())
 }
 
 pub(super) fn read(folder: &Path, name: &str) -> Option<Vec<u8>> {
@@ -57,7 +57,7 @@ mod tests {
     #[test]
     fn a_damaged_file_is_absent() {
         let folder = std::env::temp_dir().join(format!("lasp-cubins-{}", std::process::id()));
-        let name = name("block", "sm_90a", &["source", "options"]);
+        let name = name("block", "sm_90a", "cubin", &["source", "options"]);
         assert_eq!(read(&folder, &name), None);
         write(&folder, &name, b"machine code").unwrap();
         assert_eq!(read(&folder, &name).unwrap(), b"machine code");
@@ -75,10 +75,10 @@ mod tests {
     #[test]
     fn whatever_a_cubin_depends_on_changes_its_name() {
         let names = [
-            name("block", "sm_90a", &["ab", "c"]),
-            name("block", "sm_90a", &["a", "bc"]),
-            name("block", "sm_80", &["ab", "c"]),
-            name("linear", "sm_90a", &["ab", "c"]),
+            name("block", "sm_90a", "cubin", &["ab", "c"]),
+            name("block", "sm_90a", "cubin", &["a", "bc"]),
+            name("block", "sm_80", "cubin", &["ab", "c"]),
+            name("linear", "sm_90a", "cubin", &["ab", "c"]),
         ];
         for (i, one) in names.iter().enumerate() {
             assert!(names[i + 1..].iter().all(|other| other != one));

@@ -3,6 +3,7 @@
 //! Nothing links to CUDA. [`driver`] and [`nvrtc`] are the two libraries, opened at run time; [`cache`] keeps what was compiled;
 //! this file puts them together: a [`Program`] is a file of `kernels/cuda`, [`kernel`] finds one of its functions for a device,
 //! and [`Kernel::launch`] enqueues it. What a kernel computes is written beside its caller, in [`ops`] and the files of mixers.
+//! Large products of matrices are cuBLASLt's ([`matmul`]).
 //!
 //! Tests where there is no GPU put `kernels/emulator` in the place of both libraries ([`emulate`]) and the CPU in that of the
 //! device. It checks what kernels compute, in several orders of threads and at several times of asynchronous instructions;
@@ -13,6 +14,7 @@ pub mod cache;
 mod driver;
 mod library;
 pub mod linear;
+pub mod matmul;
 pub mod mma;
 mod nvrtc;
 pub mod ops;
@@ -175,7 +177,7 @@ fn cubin(program: &Program, arch: &str, defines: &[String]) -> Result<Vec<u8>> {
     let defines_text = defines.join(" ");
     let mut parts = vec![version.as_str(), defines_text.as_str(), program.source];
     parts.extend(program.headers.iter().flat_map(|(name, text)| [*name, *text]));
-    let name = cache::name(program.name, arch, &parts);
+    let name = cache::name(program.name, arch, "cubin", &parts);
     if let Some(cubin) = cache::read(folder, &name) {
         return Ok(cubin);
     }

@@ -50,7 +50,7 @@ fn check(tensor: &'static str, x: &Tensor, kind: Kind, numbers: i64) -> Result<(
     Ok(())
 }
 
-fn aligned(x: &Tensor) -> bool {
+pub(crate) fn aligned(x: &Tensor) -> bool {
     (x.data_ptr() as usize).is_multiple_of(16)
 }
 
@@ -280,6 +280,23 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, ignore: i64, gradient: bo
     Ok(loss)
 }
 
+/// `sum += scale x` of as many numbers, a multiple of 8: sum bf16 or f32, x f32, scale a single f32.
+pub fn add_scaled(sum: &Tensor, x: &Tensor, scale: &Tensor) -> Result<()> {
+    let numbers = sum.numel() as i64;
+    if numbers % 8 != 0 {
+        return Err(Error::Unsupported(format!("a scaled sum of {numbers} numbers: expected a multiple of 8")));
+    }
+    let name = by_kind(sum, "add_scaled_bf16", "add_scaled_f32")?;
+    check("sum", sum, sum.kind(), numbers)?;
+    check("x", x, Kind::Float, numbers)?;
+    if scale.kind() != Kind::Float || scale.numel() != 1 {
+        return Err(Error::Shape { tensor: "scale", found: scale.size(), expected: "a single f32".to_owned() });
+    }
+    let args = [Arg::Tensor(sum), Arg::Tensor(x), Arg::Tensor(scale), Arg::I64(numbers)];
+    // SAFETY: kinds, sizes and layouts were checked.
+    unsafe { plain(sum.device(), name)?.launch(line(blocks_of(numbers, THREADS * 8)), &args) }
+}
+
 /// `[2]` f64 on the device: `scale |grad|`, and what the gradient is to be multiplied by so that its norm is at most `clip`
 /// (0: as it is), `scale` included. grad: bf16 or f32.
 pub fn clipping(grad: &Tensor, scale: f64, clip: f64) -> Result<Tensor> {
@@ -303,7 +320,7 @@ fn by_kind(x: &Tensor, bf16: &'static str, f32: &'static str) -> Result<&'static
     match x.kind() {
         Kind::BFloat16 => Ok(bf16),
         Kind::Float => Ok(f32),
-        found => Err(Error::Kind { tensor: "grad", found, expected: "bf16 or f32".to_owned() }),
+        found => Err(Error::Kind { tensor: "gradient", found, expected: "bf16 or f32".to_owned() }),
     }
 }
 

@@ -100,23 +100,22 @@ fn left_product(config: &Config) -> bool {
     method::left_product(&config.parallel.linear_method).is_some()
 }
 
-/// Whether linear layers run in the kernels of linear.cu.
+/// Whether linear layers run in the kernels of linear.cu and linear_mma.cu.
 fn kernels(config: &Config, s: &Sizes) -> bool {
-    gpu(config)
-        && config.train.dtype == Dtype::Bf16
-        && config.model.decay != DecayKind::Channel
-        && s.k % 8 == 0
-        && !left_product(config)
+    gpu(config) && s.k % 8 == 0 && !left_product(config)
 }
 
-/// The states that these kernels save of one layer: at each place where two multiprocessors meet, and where a head, or a head
+/// The states that these kernels save of one layer: at each place where two blocks of threads meet, and where a head, or a head
 /// of a document that is cut there, begins. Of other documents only those that cross ranks have any.
 fn states_inside(config: &Config, s: &Sizes) -> i64 {
+    // Of the kernels for a decay per channel two blocks are on a multiprocessor.
+    let twice = config.model.decay == DecayKind::Channel && config.train.dtype == Dtype::Bf16;
+    let blocks = MULTIPROCESSORS * if twice { 2 } else { 1 };
     if config.data.kind != DataKind::Corpus || !config.data.documents {
-        return MULTIPROCESSORS + s.b * s.h;
+        return blocks + s.b * s.h;
     }
     let crossing = if s.w > 1 { 2 * s.slots } else { 0 };
-    2 * MULTIPROCESSORS + crossing * s.b * s.h
+    2 * blocks + crossing * s.b * s.h
 }
 
 /// What one rank's softmax attention computes at once.
@@ -237,8 +236,9 @@ fn operator(config: &Config, s: &Sizes) -> i64 {
         let block = SCORES.min(length);
         s.b * heads * s.wide * (7 * length * s.k + 3 * block * block)
     } else if kernels(config, s) {
-        // q and k after their activation, dq, dk, dv.
-        5 * tokens * s.d * s.width
+        // q and k after their activation, dq, dk, dv; the gradient of a decay per channel in f32.
+        let decay = if config.model.decay == DecayKind::Channel { s.wide } else { 0 };
+        tokens * s.d * (5 * s.width + decay)
     } else {
         // Widened q, k, v, do and the gradients; a state and its gradient a chunk. Scores exist for a few chunks at a time.
         let states = s.t.div_euclid(chunk) * s.h * s.k * s.k;
@@ -307,14 +307,11 @@ fn largest(s: &Sizes, linear: i64, softmax: i64) -> i64 {
 
 fn loss(config: &Config, s: &Sizes) -> i64 {
     let tokens = s.b * s.t;
-    let narrow = if s.width < s.wide { s.width } else { 0 };
     let d_hidden = tokens * s.d * s.width;
     if gpu(config) && config.train.dtype == Dtype::Bf16 {
-        // Logits, or when they are gone the gradient of the projection once more, rounded.
-        let logits = loss::chunk_cuda(s.vocab, tokens) * s.vocab * s.width;
-        return s.vocab * s.d * s.wide + logits.max(s.vocab * s.d * narrow) + d_hidden;
+        return (loss::chunk_cuda(s.vocab, tokens) * s.width + s.d * s.wide) * s.vocab + d_hidden;
     }
     let chunk = if gpu(config) { loss::chunk_cuda(s.vocab, tokens) } else { loss::chunk(s.vocab, tokens) };
     // Logits, their log-softmax and gradient; the gradient of the projection; that of the hidden states.
-    chunk * s.vocab * (s.width + 2 * s.wide) + s.vocab * s.d * (s.wide + narrow) + d_hidden
+    chunk * s.vocab * (s.width + 2 * s.wide) + s.vocab * s.d * s.wide + d_hidden
 }

@@ -5,7 +5,8 @@ use serde::Serialize;
 
 use super::{Parameters, Sizes};
 use crate::config::{Config, LayerKind};
-use crate::sequence::scan::DecayForm;
+use crate::model::constant_log_decay;
+use crate::sequence::scan::{DecayForm, Reach};
 use crate::sequence::{self, Count, LayerSizes, Messages, Plan, method};
 
 /// What `train` sums beside the gradient: loss, labels, the time waited, whether time is up.
@@ -18,7 +19,7 @@ pub struct Traffic {
     pub rank: usize,
     pub messages: Vec<Message>,
     pub total: Sum,
-    /// Some of it is the most that can be: truncation sends nothing that has decayed away.
+    /// Some of it is the most that can be: truncation sends nothing that has decayed away, and decays depend on the data.
     pub at_most: bool,
 }
 
@@ -70,15 +71,16 @@ pub(super) fn count(config: &Config, s: &Sizes, plan: &Plan, parameters: &Parame
         if places == 0 {
             continue;
         }
-        let traffic = of_layer(config, s, plan, kind)?;
-        let mut add = |what, times, moved: &Messages| {
-            messages.extend(moved.iter().map(|((group, op), count)| {
-                let (each, at_most) = (Sum::of(count).times(times), traffic.at_most);
-                Message { place, what, group, op, each, places, at_most }
-            }));
-        };
-        add("forward", forwards, &traffic.forward);
-        add("backward", s.passes, &traffic.backward);
+        for (traffic, places) in of_layers(config, s, plan, kind, places)? {
+            let mut add = |what, times, moved: &Messages| {
+                messages.extend(moved.iter().map(|((group, op), count)| {
+                    let (each, at_most) = (Sum::of(count).times(times), traffic.at_most);
+                    Message { place, what, group, op, each, places, at_most }
+                }));
+            };
+            add("forward", forwards, &traffic.forward);
+            add("backward", s.passes, &traffic.backward);
+        }
     }
     let world = (config.parallel.sp * config.parallel.dp) as i64;
     if world > 1 {
@@ -102,16 +104,39 @@ pub(super) fn count(config: &Config, s: &Sizes, plan: &Plan, parameters: &Parame
     Ok(Traffic { rank: plan.rank, messages, total, at_most })
 }
 
-/// Of one layer, in one forward and one backward pass.
-fn of_layer(config: &Config, s: &Sizes, plan: &Plan, kind: LayerKind) -> sequence::Result<sequence::Traffic> {
+/// Of one layer, in one forward and one backward pass, with the number of layers that move the same. Layers of a kind are alike,
+/// but for how far a truncated scan reaches under constant decays.
+fn of_layers(
+    config: &Config,
+    s: &Sizes,
+    plan: &Plan,
+    kind: LayerKind,
+    places: i64,
+) -> sequence::Result<Vec<(sequence::Traffic, i64)>> {
+    let model = &config.model;
     let kv_heads = if kind == LayerKind::Linear { s.h } else { s.kv };
     let sizes = LayerSizes { b: s.b, heads: s.h, kv_heads, dk: s.k, dv: s.k, kind: config.train.dtype.kind() };
-    match kind {
-        LayerKind::Linear => {
-            method::linear_traffic(&config.parallel.linear_method, plan, &sizes, DecayForm::of(config.model.decay))
-        }
-        LayerKind::Softmax => Ok(method::attention(&config.parallel.softmax_method)?.traffic(plan, &sizes)),
+    if kind == LayerKind::Softmax {
+        return Ok(vec![(method::attention(&config.parallel.softmax_method)?.traffic(plan, &sizes), places)]);
     }
+    let (name, decay) = (&config.parallel.linear_method, DecayForm::of(model.decay));
+    let traffic = method::linear_traffic(name, plan, &sizes, decay)?;
+    if !traffic.at_most || decay != DecayForm::Head {
+        return Ok(vec![(traffic, places)]);
+    }
+    let mut alike: Vec<(sequence::Traffic, i64)> = Vec::new();
+    for (layer, _) in model.layer_kinds().iter().enumerate().filter(|(_, found)| **found == kind) {
+        let reaches = match constant_log_decay(model.decay, model.heads, layer, model.layers) {
+            Some(log_decay) => Reach::both_ways(&log_decay, &plan.chain, s.wide as u64),
+            None => [Reach::full(), Reach::full()],
+        };
+        let traffic = method::linear_traffic_within(name, plan, &sizes, decay, Some(&reaches))?;
+        match alike.iter_mut().find(|(other, _)| *other == traffic) {
+            Some((_, layers)) => *layers += 1,
+            None => alike.push((traffic, 1)),
+        }
+    }
+    Ok(alike)
 }
 
 fn plus(a: Sum, b: Sum) -> Sum {

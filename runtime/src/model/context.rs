@@ -32,7 +32,7 @@ impl Context {
 pub fn angles(positions: &[i64], head_dim: i64, base: f64, kind: Kind, device: Device) -> Result<(Tensor, Tensor)> {
     let half = Tensor::f_arange(head_dim / 2, (Kind::Double, device))?;
     let frequencies = half.f_mul_scalar(-2.0 / head_dim as f64 * base.ln())?.f_exp()?;
-    let positions = Tensor::f_from_slice(positions)?.f_to_device(device)?.f_to_kind(Kind::Double)?;
+    let positions = kernels::bridge::upload(&Tensor::f_from_slice(positions)?, device)?.f_to_kind(Kind::Double)?;
     let angles = positions.f_unsqueeze(1)?.f_mul(&frequencies)?.f_unsqueeze(1)?;
     Ok((angles.f_cos()?.f_to_kind(kind)?, angles.f_sin()?.f_to_kind(kind)?))
 }

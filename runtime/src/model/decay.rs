@@ -5,20 +5,25 @@ use tch::Tensor;
 use super::Result;
 use crate::config::DecayKind;
 
-/// The log-decays `[H]` of layer `layer` of `layers`, f64; `None` where there are none or they depend on the data.
+/// The log-decays `[H]` of layer `layer` of `layers`; `None` where there are none or they depend on the data.
 ///
 /// Lightning (arXiv 2501.08313): minus ALiBi's slopes, weaker in later layers. Retention (arXiv 2307.08621):
 /// `log(1 - 2^{-5-h})`.
-pub fn constant_decay(kind: DecayKind, heads: i64, layer: usize, layers: usize) -> Result<Option<Tensor>> {
-    let logs: Vec<f64> = match kind {
+pub fn constant_log_decay(kind: DecayKind, heads: i64, layer: usize, layers: usize) -> Option<Vec<f64>> {
+    match kind {
         DecayKind::Lightning => {
             let depth = 1.0 - layer as f64 / (layers.max(2) - 1) as f64 + 1e-5;
-            slopes(heads).into_iter().map(|slope| -slope * depth).collect()
+            Some(slopes(heads).into_iter().map(|slope| -slope * depth).collect())
         }
-        DecayKind::Retention => (0..heads).map(|h| (-(2f64.powi(-5 - h as i32))).ln_1p()).collect(),
-        DecayKind::None | DecayKind::Token | DecayKind::Channel => return Ok(None),
-    };
-    Ok(Some(Tensor::f_from_slice(&logs)?))
+        DecayKind::Retention => Some((0..heads).map(|h| (-(2f64.powi(-5 - h as i32))).ln_1p()).collect()),
+        DecayKind::None | DecayKind::Token | DecayKind::Channel => None,
+    }
+}
+
+/// [`constant_log_decay`] as a tensor, f64.
+pub fn constant_decay(kind: DecayKind, heads: i64, layer: usize, layers: usize) -> Result<Option<Tensor>> {
+    let logs = constant_log_decay(kind, heads, layer, layers);
+    Ok(logs.map(|logs| Tensor::f_from_slice(&logs)).transpose()?)
 }
 
 /// ALiBi's slopes (arXiv 2108.12409): `2^{-8(h+1)/H}` for H a power of two; else those of the next lower power of two, then

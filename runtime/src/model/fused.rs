@@ -28,7 +28,7 @@ fn clones(x: &[&Tensor]) -> Vec<Tensor> {
 
 /// `x w^T`.
 fn project(rows: &Tensor, w: &Tensor) -> kernels::Result<Tensor> {
-    Ok(rows.f_mm(&w.f_transpose(0, 1)?)?)
+    block::product(rows, &w.f_transpose(0, 1)?)
 }
 
 /// The gradient of w, of `y = x w^T`: added to w's own where it has one, which saves a pass over it, else returned.
@@ -38,17 +38,17 @@ fn weight_grad(w: &Tensor, dy: &Tensor, x: &Tensor) -> kernels::Result<Option<Te
         block::add_product(&mut sum, &dy.f_transpose(0, 1)?, x)?;
         return Ok(None);
     }
-    Ok(Some(dy.f_transpose(0, 1)?.f_mm(x)?))
+    Ok(Some(block::product(&dy.f_transpose(0, 1)?, x)?))
 }
 
 /// `x + y w^T`, of x `[B, T, D]` and y `[rows, ..]`.
 fn add_projection(x: &Tensor, y: &Tensor, w: &Tensor) -> kernels::Result<Tensor> {
-    Ok(rows(x)?.f_addmm(y, &w.f_transpose(0, 1)?)?.f_view(x.size().as_slice())?)
+    Ok(block::product_plus(&rows(x)?, y, &w.f_transpose(0, 1)?)?.f_view(x.size().as_slice())?)
 }
 
 /// The gradient of x, of the sum of `x w^T` over several `(dy, w)`.
 fn input_grad(of: &[(&Tensor, &Tensor)]) -> kernels::Result<Tensor> {
-    let mut sum = of[0].0.f_mm(of[0].1)?;
+    let mut sum = block::product(of[0].0, of[0].1)?;
     for (dy, w) in &of[1..] {
         block::add_product(&mut sum, dy, w)?;
     }
@@ -98,7 +98,7 @@ pub(super) fn mlp(layer: &Mlp, x: &Tensor) -> Result<Tensor> {
         let Some(dy) = grads.swap_remove(0) else { return Ok((0..5).map(|_| None).collect()) };
         drop(grads);
         let dy_rows = rows(&dy)?;
-        let grads = block::swiglu_backward(gate, up, dy_rows.f_mm(&w_down)?)?;
+        let grads = block::swiglu_backward(gate, up, block::product(&dy_rows, &w_down)?)?;
         let d_down = weight_grad(&w_down, &dy_rows, &grads.hidden)?;
         let block::SwigluGrads { d_gate, d_up, .. } = grads;
         let n = normed.again()?;
@@ -147,7 +147,7 @@ pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &
         drop(grads);
         let [wq, wk, wv, wo] = &weights[..] else { return Ok(vec![]) };
         let dy_rows = rows(&dy)?;
-        let d_mixed = by_heads(&dy_rows.f_mm(wo)?)?;
+        let d_mixed = by_heads(&block::product(&dy_rows, wo)?)?;
         let head = block::gated_norm_backward(o, &layer.o_norm, gate, d_mixed, eps)?;
         let d_wo = weight_grad(wo, &dy_rows, &head.y.f_view([b * t, d])?)?;
         let block::GatedNormGrads { d_o, d_weight: d_o_norm, d_gate, .. } = head;
@@ -225,7 +225,7 @@ pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &C
         let [wq, wk, wv, wo] = &weights[..] else { return Ok(vec![]) };
         let dy_rows = rows(&dy)?;
         let d_wo = weight_grad(wo, &dy_rows, &o.f_reshape([b * t, d])?)?;
-        let d_o = dy_rows.f_mm(wo)?.f_view(o.size().as_slice())?;
+        let d_o = block::product(&dy_rows, wo)?.f_view(o.size().as_slice())?;
         drop(o);
         let place = shard.at(Place::Backward(LayerKind::Softmax));
         let back = shard.attention.backward(&shard, saved, &d_o).map_err(|e| e.into_kernels())?;

@@ -38,15 +38,25 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, labels: &Tensor) -
         }
     };
     if let Some((d_hidden, d_weight)) = grads {
+        let leaf = weight.shallow_clone();
         kernels::bridge::attach(&[hidden, weight], &[&loss], move |mut grads: Vec<Option<Tensor>>| {
             let Some(grad) = grads.swap_remove(0) else { return Ok(vec![None, None]) };
-            let times = |mut x: Tensor| -> kernels::Result<Tensor> { Ok(x.f_mul_(&grad.f_to_kind(x.kind())?)?) };
-            Ok(vec![Some(times(d_hidden)?), Some(times(d_weight)?)])
+            let (mut d_hidden, mut d_weight) = (d_hidden, d_weight);
+            let _ = d_hidden.f_mul_(&grad.f_to_kind(d_hidden.kind())?)?;
+            let mut sum = leaf.f_grad()?;
+            if sum.defined() {
+                // The vocabulary's gradient is large: one pass over it.
+                block::add_scaled(&mut sum, &d_weight, &grad)?;
+                return Ok(vec![Some(d_hidden), None]);
+            }
+            let d_weight = d_weight.f_mul_(&grad)?.f_to_kind(leaf.kind())?;
+            Ok(vec![Some(d_hidden), Some(d_weight)])
         })?;
     }
     Ok(loss)
 }
 
+/// Of hidden, in its kind and shape, and of the weight, in the kind of the result.
 type Grads = Option<(Tensor, Tensor)>;
 
 fn forward(hidden: &Tensor, weight: &Tensor, labels: &Tensor, kind: Kind, with_grad: bool) -> Result<(Tensor, Grads)> {
@@ -80,9 +90,7 @@ fn forward(hidden: &Tensor, weight: &Tensor, labels: &Tensor, kind: Kind, with_g
         }
     }
     let grads = match grads {
-        Some((d_hidden, d_weight)) => {
-            Some((d_hidden.f_view(hidden.size().as_slice())?, d_weight.f_to_kind(weight.kind())?))
-        }
+        Some((d_hidden, d_weight)) => Some((d_hidden.f_view(hidden.size().as_slice())?, d_weight)),
         None => None,
     };
     Ok((loss, grads))
@@ -103,24 +111,28 @@ fn fused(
     let step = step.clamp(1, count.max(1));
     let mut loss = Tensor::f_zeros([], (kind, hidden.device()))?;
     let (d_hidden, mut d_weight) = match with_grad {
+        true if count > 0 => (rows.f_empty_like()?, Tensor::f_empty([vocab, d], (kind, hidden.device()))?),
         true => (rows.f_empty_like()?, Tensor::f_zeros([vocab, d], (kind, hidden.device()))?),
         false => (Tensor::new(), Tensor::new()),
     };
     for start in (0..count).step_by(step as usize) {
         let length = step.min(count - start);
         let (h, labels) = (rows.f_narrow(0, start, length)?, labels.f_narrow(0, start, length)?);
-        let logits = h.f_mm(&weight.f_transpose(0, 1)?)?; // [step, vocab]
+        let logits = block::product(&h, &weight.f_transpose(0, 1)?)?; // [step, vocab]
         let (losses, d_logits) = block::cross_entropy(logits, &labels, IGNORE_INDEX, with_grad)?;
         let _ = loss.f_add_(&losses.f_sum(kind)?)?;
         if let Some(d_logits) = d_logits {
-            let _ = d_logits.f_mm_out(&d_hidden.f_narrow(0, start, length)?, weight)?;
-            block::add_product(&mut d_weight, &d_logits.f_transpose(0, 1)?, &h)?;
+            block::product_into(&d_hidden.f_narrow(0, start, length)?, &d_logits, weight)?;
+            match start {
+                0 => block::product_into(&d_weight, &d_logits.f_transpose(0, 1)?, &h)?,
+                _ => block::add_product(&mut d_weight, &d_logits.f_transpose(0, 1)?, &h)?,
+            }
         }
     }
     if !with_grad {
         return Ok((loss, None));
     }
-    Ok((loss, Some((d_hidden.f_view(hidden.size().as_slice())?, d_weight.f_to_kind(weight.kind())?))))
+    Ok((loss, Some((d_hidden.f_view(hidden.size().as_slice())?, d_weight))))
 }
 
 #[cfg(test)]
@@ -144,6 +156,8 @@ mod tests {
         assert_close("loss", &loss, &plain, 1e-12);
         assert_close("d hidden", &ours_h, &h2.grad(), 1e-12);
         assert_close("d weight", &ours_w, &w2.grad(), 1e-12);
+        (linear_cross_entropy(&h, &w, &labels).unwrap() * 0.3).backward();
+        assert_close("d weight, added to what was there", &w.grad(), &(&ours_w * 2.0), 1e-12);
         for step in [1, 4, 100] {
             let (loss, grads) = fused(&h.detach(), &w.detach(), &labels, Kind::Double, true, step).unwrap();
             let (d_hidden, d_weight) = grads.unwrap();

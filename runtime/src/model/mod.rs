@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use block::Block;
 pub use context::{Context, rotary};
-pub use decay::constant_decay;
+pub use decay::{constant_decay, constant_log_decay};
 pub(crate) use linear_layer::DECAY_RANK;
 pub use params::{Init, Params, Spec};
 pub use softmax_layer::KvCache;

@@ -9,7 +9,9 @@ use collectives::Group;
 
 use super::attention::{Attention, Lasp2h, MegatronSp, Ring, Ulysses};
 use super::left_product::{LeftProduct, MegatronSpLeftProduct, RingLeftProduct};
-use super::scan::{AllScan, DecayForm, Hierarchical, Lasp1, Lasp2, Scan, StateSize, Truncated, hierarchical_traffic};
+use super::scan::{
+    AllScan, DecayForm, Hierarchical, Lasp1, Lasp2, Reach, Scan, StateSize, Truncated, hierarchical_traffic,
+};
 use super::settings::Settings;
 use super::{Error, LayerSizes, LinearMethod, Plan, Result, Traffic};
 
@@ -55,16 +57,16 @@ pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
 
 /// What the plan's rank moves for one linear layer under the method that `found` names. No group is needed.
 pub fn linear_traffic(found: &str, plan: &Plan, layer: &LayerSizes, decay: DecayForm) -> Result<Traffic> {
-    linear_traffic_under(found, plan, layer, decay, None)
+    linear_traffic_within(found, plan, layer, decay, None)
 }
 
-/// [`linear_traffic`] of a layer whose log-decays `[H]`, constants, are known, as far as a truncated scan reaches under them.
-pub fn linear_traffic_under(
+/// [`linear_traffic`] of a layer of which it is known how far a truncated scan reaches, forward and backward ([`Reach::both_ways`]).
+pub fn linear_traffic_within(
     found: &str,
     plan: &Plan,
     layer: &LayerSizes,
     decay: DecayForm,
-    log_decay: Option<&[f64]>,
+    reaches: Option<&[Reach; 2]>,
 ) -> Result<Traffic> {
     decided(found, "parallel.linear_method")?;
     if let Some(method) = left_product(found) {
@@ -75,8 +77,8 @@ pub fn linear_traffic_under(
         Choice::Lasp2(scan) => scan,
         Choice::Truncated(scan) => {
             let size = StateSize::of_layer(layer, decay);
-            if let Some(log_decay) = log_decay {
-                return Ok(scan.traffic_under(log_decay, &plan.chain, plan.rank, &size));
+            if let Some(reaches) = reaches {
+                return Ok(scan.traffic_within(reaches, &plan.chain, plan.rank, &size));
             }
             scan
         }

@@ -30,6 +30,17 @@ pub struct Trainer {
     device: Device,
     /// `[P]`: where backward adds up gradients.
     grad: Tensor,
+    /// The coming step and its data, made ready while a GPU still computed the last one.
+    next: Option<(u64, Vec<Batch>)>,
+}
+
+/// Sequences of equal length that go through the model together: this rank's tokens and labels of them `[B, T]`, on its device.
+struct Batch {
+    context: Context,
+    tokens: Tensor,
+    labels: Tensor,
+    /// How many labels count.
+    counted: f64,
 }
 
 /// What is known after a step, the same on every rank.
@@ -64,7 +75,20 @@ impl Trainer {
         let grad_kind = if device.is_cuda() && !adds_up { kind } else { optimizer.kind() };
         let grad = Tensor::f_zeros([model.params.numel()], (grad_kind, device))?;
         model.params.share_grads(&grad)?;
-        Ok(Self { mesh, config, model, optimizer, steps_done: 0, source, validation, linear, attention, device, grad })
+        Ok(Self {
+            mesh,
+            config,
+            model,
+            optimizer,
+            steps_done: 0,
+            source,
+            validation,
+            linear,
+            attention,
+            device,
+            grad,
+            next: None,
+        })
     }
 
     /// Tokens seen so far, over all ranks.
@@ -80,6 +104,7 @@ impl Trainer {
     /// the trainer's sp group. The configuration goes on naming the methods that it was made with.
     pub fn share_by(&mut self, linear: LinearMethod, attention: Arc<dyn Attention>, layout: LayoutKind) {
         (self.linear, self.attention, self.config.parallel.layout) = (linear, attention, layout);
+        self.next = None;
     }
 
     /// One optimizer step. `out_of_time` is what this rank knows; the outcome says what rank 0 knew.
@@ -95,8 +120,12 @@ impl Trainer {
         let mut grad = self.grad.shallow_clone();
         let mut loss_sum = Tensor::f_zeros([], (Kind::Double, self.device))?;
         let mut labels = 0.0;
-        for sequences in self.my_sequences()?.chunks(train.micro_batch) {
-            let (loss, counted) = self.loss(sequences, train.activation_checkpointing)?;
+        let batches = match self.next.take() {
+            Some((of, batches)) if of == step => batches,
+            _ => self.batches(step)?,
+        };
+        for batch in batches {
+            let (loss, counted) = (self.loss(&batch, train.activation_checkpointing)?, batch.counted);
             let seed = loss.f_ones_like()?.f_mul_scalar(1.0 / expected)?;
             kernels::bridge::backward(&loss, &seed)?;
             let _ = loss_sum.f_add_(&loss.f_detach()?)?;
@@ -119,6 +148,9 @@ impl Trainer {
         let scale = expected / labels;
         let norm = self.optimizer.update(&mut self.model.params, &mut grad, scale, lr, step)?;
         self.steps_done = step;
+        if step < train.steps {
+            self.next = Some((step + 1, self.batches(step + 1)?));
+        }
         let numbers = [loss_sum.f_to_device(norm.device())?, norm.f_to_kind(Kind::Double)?];
         let numbers = Vec::<f64>::try_from(Tensor::f_stack(&numbers, 0)?)?;
         let (loss, grad_norm) = (numbers[0] / labels, numbers[1]);
@@ -135,29 +167,29 @@ impl Trainer {
         let count = validation.windows().map_or(wanted, |windows| windows.min(wanted));
         let (mut loss_sum, mut labels) = (0.0, 0.0);
         for index in (0..count).skip(self.mesh.dp.rank()).step_by(self.mesh.dp.size()) {
-            let (loss, counted) = self.loss(&[validation.sequence(index)], false)?;
-            loss_sum += loss.double_value(&[]);
-            labels += counted;
+            let batch = self.batch(&[validation.sequence(index)])?;
+            loss_sum += self.loss(&batch, false)?.double_value(&[]);
+            labels += batch.counted;
         }
         let all = sum(&self.mesh.world, &[loss_sum, labels])?;
         finite(self.steps_done, "validation loss", all[0] / all[1])?;
         Ok(Some(all[0] / all[1]))
     }
 
-    /// The sequences of the coming step that belong to this rank's dp group.
-    fn my_sequences(&self) -> Result<Vec<Sequence>> {
+    /// The sequences of a step that belong to this rank's dp group, a micro-batch at a time. Several of them make a batch only
+    /// where none has documents inside.
+    fn batches(&self, step: u64) -> Result<Vec<Batch>> {
         let batch = self.config.train.batch;
         let mine = batch / self.mesh.dp.size();
-        let first = self.steps_done * batch as u64 + (self.mesh.dp.rank() * mine) as u64;
-        Ok((first..first + mine as u64).map(|index| self.source.sequence(index)).collect())
+        let first = (step - 1) * batch as u64 + (self.mesh.dp.rank() * mine) as u64;
+        let sequences: Vec<Sequence> = (first..first + mine as u64).map(|index| self.source.sequence(index)).collect();
+        sequences.chunks(self.config.train.micro_batch).map(|together| self.batch(together)).collect()
     }
 
-    /// The sum of the losses of this rank's tokens of some sequences of equal length, and how many labels they have.
-    /// Several sequences make a batch only where none has documents inside.
-    fn loss(&self, sequences: &[Sequence], checkpoint: bool) -> Result<(Tensor, f64)> {
-        let Some(first) = sequences.first() else { return Ok((Tensor::from(0.0), 0.0)) };
-        let layout = Layout::new(self.config.parallel.layout, first.inputs().len() as i64, self.mesh.sp.size())?;
-        let plan = Plan::new(layout, Some(&first.cu_seqlens), self.mesh.sp.rank())?;
+    /// This rank's share of some sequences, at least one.
+    fn batch(&self, sequences: &[Sequence]) -> Result<Batch> {
+        let layout = Layout::new(self.config.parallel.layout, sequences[0].inputs().len() as i64, self.mesh.sp.size())?;
+        let plan = Plan::new(layout, Some(&sequences[0].cu_seqlens), self.mesh.sp.rank())?;
         let mine = |of: fn(&Sequence) -> &[i64]| -> Result<Tensor> {
             let rows =
                 sequences.iter().map(|s| Tensor::f_from_slice(of(s))).collect::<std::result::Result<Vec<_>, _>>()?;
@@ -165,18 +197,23 @@ impl Trainer {
         };
         let (tokens, labels) = (mine(Sequence::inputs)?, mine(Sequence::labels)?);
         let counted = labels.f_ne(IGNORE_INDEX)?.f_sum(Kind::Double)?.double_value(&[]);
-        let (tokens, labels) = (tokens.f_to_device(self.device)?, labels.f_to_device(self.device)?);
+        let on_device = |x| kernels::bridge::upload(x, self.device);
+        let (tokens, labels) = (on_device(&tokens)?, on_device(&labels)?);
         let shard = Arc::new(Shard {
             group: self.mesh.sp.clone(),
             plan,
             linear: self.linear.clone(),
             attention: self.attention.clone(),
         });
-        let model = &self.config.model;
-        let kind = self.config.train.dtype.kind();
+        let (model, kind) = (&self.config.model, self.config.train.dtype.kind());
         let context = Context::new(shard, model.head_dim(), model.rope_base, kind, self.device)?;
-        let hidden = self.model.forward(&context, &tokens, checkpoint)?;
-        Ok((self.model.loss(&hidden, &labels)?, counted))
+        Ok(Batch { context, tokens, labels, counted })
+    }
+
+    /// The sum of the losses of a batch.
+    fn loss(&self, batch: &Batch, checkpoint: bool) -> Result<Tensor> {
+        let hidden = self.model.forward(&batch.context, &batch.tokens, checkpoint)?;
+        Ok(self.model.loss(&hidden, &batch.labels)?)
     }
 
     /// Where training stands, for a checkpoint.

@@ -19,7 +19,7 @@ pub use passes::{Form, LINEAR_MMA, Variant};
 use passes::{Run, SLICE, WIDEST, dual, widest};
 
 /// Whether models use these kernels without being told to.
-pub const BY_DEFAULT: bool = false;
+pub const BY_DEFAULT: bool = true;
 
 /// The kernels that models use: Hopper's own for what they take, then those of this module if [`BY_DEFAULT`], then `other`.
 pub fn families<M: StateMixer + 'static>(other: M) -> Arc<dyn StateMixer> {

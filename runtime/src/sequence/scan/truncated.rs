@@ -87,11 +87,9 @@ impl Scan for Truncated {
 }
 
 impl Truncated {
-    /// [`Scan::traffic`], exactly, of a layer whose log-decays are these constants `[H]`.
-    pub fn traffic_under(&self, log_decay: &[f64], chain: &Chain, rank: usize, size: &StateSize) -> Traffic {
-        both_ways(chain, |chain, again| {
-            self.messages_within(&Reach::constant(log_decay, chain, size.width), chain, rank, size, again)
-        })
+    /// [`Scan::traffic`], exactly, where it is known how far states reach, as [`Reach::both_ways`] says it.
+    pub fn traffic_within(&self, reaches: &[Reach; 2], chain: &Chain, rank: usize, size: &StateSize) -> Traffic {
+        both_ways(chain, |chain, again| self.messages_within(&reaches[usize::from(again)], chain, rank, size, again))
     }
 
     fn messages_within(&self, reach: &Reach, chain: &Chain, rank: usize, size: &StateSize, again: bool) -> Messages {
@@ -157,15 +155,20 @@ impl Reach {
         Self { sums: vec![], n: 0, limit: 0.0 }
     }
 
-    /// Under constant log-decays `[H]`, of states whose numbers have `width` bytes.
+    /// Under constant log-decays `[H]`, of states whose numbers have `width` bytes: that of the head which decays least.
     pub fn constant(log_decay: &[f64], chain: &Chain, width: u64) -> Self {
-        let rows = chain.links.iter().flat_map(|link| log_decay.iter().map(|log| *log * link.tail as f64));
-        let mut sums: Vec<f64> = rows.map(known_log).collect();
-        let n = log_decay.len();
-        for at in n..sums.len() {
-            sums[at] += sums[at - n];
-        }
-        Self { sums, n, limit: limit(width) }
+        let least = log_decay.iter().copied().map(known_log).fold(LEAST, f64::max);
+        let mut sum = 0.0;
+        let sums = chain.links.iter().map(|link| {
+            sum += known_log(least * link.tail as f64);
+            sum
+        });
+        Self { sums: sums.collect(), n: 1, limit: limit(width) }
+    }
+
+    /// [`Reach::constant`] of forward, which meets the segments as `chain` has them, and of backward.
+    pub fn both_ways(log_decay: &[f64], chain: &Chain, width: u64) -> [Self; 2] {
+        [Self::constant(log_decay, chain, width), Self::constant(log_decay, &chain.reversed(), width)]
     }
 
     fn over(transitions: &[Option<Transition>], kind: Kind) -> Result<Self> {
@@ -201,14 +204,17 @@ impl Reach {
         Some(first)
     }
 
-    /// The ranks at whose segments the state of `segment` matters.
-    pub fn heard_by(&self, chain: &Chain, segment: usize) -> BTreeSet<usize> {
-        let mut ranks = BTreeSet::new();
+    /// The ranks at whose segments the state of `segment` matters, in ascending order.
+    pub fn heard_by(&self, chain: &Chain, segment: usize) -> Vec<usize> {
+        let mut ranks = Vec::new();
         let mut at = chain.after(segment);
         while let Some(to) = at.filter(|&to| self.alive(segment, to)) {
-            ranks.insert(chain.owners[to].0);
+            ranks.push(chain.owners[to].0);
             at = chain.after(to).filter(|_| chain.links[to].through);
         }
+        // A rank may hold two of them.
+        ranks.sort_unstable();
+        ranks.dedup();
         ranks
     }
 }
@@ -264,7 +270,8 @@ mod tests {
         let scan = Truncated::default();
         let chain = chain(LayoutKind::Contiguous, 8 * 1000, 8, None);
         let counts = |log: f64, rank: usize| {
-            let traffic = scan.traffic_under(&[10.0 * log, log], &chain, rank, &size);
+            let reaches = Reach::both_ways(&[10.0 * log, log], &chain, size.width);
+            let traffic = scan.traffic_within(&reaches, &chain, rank, &size);
             assert!(!traffic.at_most);
             [traffic.forward, traffic.backward].map(|moved| {
                 ["send", "recv"].map(|op| moved.iter().find(|((_, of), _)| *of == op).map_or(0, |(_, n)| n.messages))
@@ -277,7 +284,7 @@ mod tests {
         // Nothing dies: as many as without knowing.
         for rank in 0..8 {
             let full = scan.traffic(&chain, rank, &size);
-            let known = scan.traffic_under(&[-1e-6], &chain, rank, &size);
+            let known = scan.traffic_within(&Reach::both_ways(&[-1e-6], &chain, size.width), &chain, rank, &size);
             assert_eq!((full.forward, full.backward), (known.forward, known.backward));
             assert!(full.at_most);
         }
