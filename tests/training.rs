@@ -95,6 +95,24 @@ fn losses_do_not_depend_on_the_ranks() -> Result<()> {
 }
 
 #[test]
+fn losses_do_not_depend_on_the_micro_batch() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let corpus = corpus(folder.path())?;
+    let with = |size: usize, ranks: usize| -> Result<Vec<StepRecord>> {
+        let size = format!("train.micro_batch={size}");
+        let settings =
+            ["train.dtype=f64", "train.batch=4", "data.documents=false", "parallel.sp=1", "parallel.dp=0", &size];
+        train(tempfile::tempdir_in(&folder)?.path(), &config(&corpus, &settings, ranks)?, ranks, false)
+    };
+    let one = with(1, 1)?;
+    for (size, ranks) in [(2, 1), (4, 1), (1, 2), (2, 2)] {
+        let error = worst(&with(size, ranks)?, &one);
+        assert!(error <= 1e-9, "{size} sequences a pass, {ranks} ranks: losses differ by {error:.1e}");
+    }
+    Ok(())
+}
+
+#[test]
 fn losses_do_not_depend_on_the_scan() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let corpus = corpus(folder.path())?;

@@ -274,7 +274,8 @@ pub fn add_product(sum: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
 pub fn add_scaled(sum: &mut Tensor, x: &Tensor, scale: &Tensor) -> Result<()> {
     let kinds = matches!(sum.kind(), Kind::BFloat16 | Kind::Float) && x.kind() == Kind::Float;
     let whole = [&*sum, x].iter().all(|x| x.is_contiguous() && ops::aligned(x)) && sum.numel().is_multiple_of(8);
-    if runs_on(sum.device()) && kinds && whole {
+    let together = [x, scale].iter().all(|x| x.device() == sum.device());
+    if runs_on(sum.device()) && kinds && whole && together {
         return ops::add_scaled(sum, x, scale);
     }
     let _ = sum.f_addcmul_(x, scale)?;

@@ -106,7 +106,6 @@ fn memory(e: &Estimate, gpu: bool) -> String {
         ("activations, checkpointed", a.with_checkpointing, used(true)),
         ("an operator at work", m.operator, "with the activations"),
         ("for and of other ranks", m.gathers, "with the activations"),
-        ("gradient of a tied projection", m.projection, "with the activations"),
         ("loss, logits in chunks", m.loss, "or this instead"),
         ("update", m.update, "without activations"),
         ("peak", m.total, ""),

@@ -241,6 +241,9 @@ fn a_gpu_keeps_less_than_plain_tensor_code() {
     assert_eq!(of(&[], 2).gradients, 4 * parameters);
     assert!(gpu.activations.without_checkpointing < cpu.activations.without_checkpointing);
     assert_eq!((gpu.update, of(&[], 2).update), (0, 4 * parameters));
+    // The kernels for linear layers, and the states that they keep, are not for f64.
+    let [narrow, wide] = ["train.dtype=f32", "train.dtype=f64"].map(|dtype| of(&[dtype], 1).activations.linear_layer);
+    assert!(wide < 2 * narrow, "{wide} in f64, {narrow} in f32");
 }
 
 /// How what a method holds grows with the ranks, at a length in proportion.

@@ -139,6 +139,14 @@ char* lasp_reset_peak_memory(int device) {
   return guarded([&] { at::getDeviceAllocator(at::kCUDA)->resetPeakStats(device); });
 }
 
+// A copy of `x`, of the CPU, on a GPU. The GPU reads it from pinned memory when its stream gets there; libtorch keeps that memory
+// from being used again before.
+char* lasp_upload(at::Tensor* x, int device, at::Tensor** out) {
+  return guarded([&] {
+    *out = new at::Tensor(x->pin_memory().to(at::Device(at::kCUDA, device), x->scalar_type(), /*non_blocking=*/true));
+  });
+}
+
 // Makes `grad` the place where backward adds up the gradient of the leaf `x`.
 char* lasp_set_grad(at::Tensor* x, at::Tensor* grad) {
   return guarded([&] { x->mutable_grad() = *grad; });

@@ -52,6 +52,7 @@ unsafe extern "C" {
     fn lasp_profile_begin(cuda: c_int) -> *mut c_char;
     fn lasp_profile_end(path: *const c_char) -> *mut c_char;
     fn lasp_set_grad(x: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
+    fn lasp_upload(x: *const C_tensor, device: c_int, out: *mut *mut C_tensor) -> *mut c_char;
     fn lasp_attention(
         cudnn: c_int,
         q: *const C_tensor,
@@ -275,11 +276,13 @@ pub(crate) fn attention_backward(
 
 /// x, of the CPU, on `device`; a GPU copies it when its stream gets there, and nobody waits for that.
 pub fn upload(x: &Tensor, device: Device) -> Result<Tensor> {
-    if !device.is_cuda() {
-        return Ok(x.f_to_device(device)?);
+    let Device::Cuda(index) = device else { return Ok(x.f_to_device(device)?) };
+    let mut out = std::ptr::null_mut();
+    // SAFETY: x outlives the call; on success the output is a new tensor, which becomes ours.
+    unsafe {
+        check(lasp_upload(x.as_ptr(), index as c_int, &mut out))?;
+        Ok(Tensor::from_ptr(out))
     }
-    // libtorch keeps pinned memory from being used again before the copy is done.
-    Ok(x.f_pin_memory(device)?.f_internal_to_copy((x.kind(), device), true)?)
 }
 
 /// Ends this process at once, whatever its other threads do. `std::process::exit` would first destroy libtorch's globals,

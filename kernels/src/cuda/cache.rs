@@ -2,7 +2,7 @@
 //! named by the hash of all that it depends on, and beginning with the hash of itself. A file that is damaged counts as absent.
 
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,7 +36,8 @@ pub(super) fn read(folder: &Path, name: &str) -> Option<Vec<u8>> {
     (!cubin.is_empty() && hash == xxh3_128(cubin).to_le_bytes()).then(|| cubin.to_vec())
 }
 
-/// Written aside and renamed. A folder that cannot be written to costs the next run its time, nothing else.
+/// Written aside and put in its place. What is whole there stays: of several ranks that write at once the first says what all
+/// of them find. A folder that cannot be written to costs the next run its time, nothing else.
 pub(super) fn write(folder: &Path, name: &str, cubin: &[u8]) -> std::io::Result<()> {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     fs::create_dir_all(folder)?;
@@ -47,7 +48,15 @@ pub(super) fn write(folder: &Path, name: &str, cubin: &[u8]) -> std::io::Result<
         file.write_all(cubin)?;
         file.sync_all()
     });
-    written.and_then(|()| fs::rename(&aside, folder.join(name))).inspect_err(|_| drop(fs::remove_file(&aside)))
+    let place = || match fs::hard_link(&aside, folder.join(name)) {
+        Ok(()) => fs::remove_file(&aside),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && read(folder, name).is_some() => {
+            fs::remove_file(&aside)
+        }
+        // Damaged, or a file system without links.
+        Err(_) => fs::rename(&aside, folder.join(name)),
+    };
+    written.and_then(|()| place()).inspect_err(|_| drop(fs::remove_file(&aside)))
 }
 
 #[cfg(test)]
@@ -60,7 +69,8 @@ mod tests {
         let name = name("block", "sm_90a", "cubin", &["source", "options"]);
         assert_eq!(read(&folder, &name), None);
         write(&folder, &name, b"machine code").unwrap();
-        assert_eq!(read(&folder, &name).unwrap(), b"machine code");
+        write(&folder, &name, b"that of another").unwrap();
+        assert_eq!(read(&folder, &name).unwrap(), b"machine code", "the first stays");
         let path = folder.join(&name);
         let mut bytes = fs::read(&path).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
@@ -68,6 +78,8 @@ mod tests {
         assert_eq!(read(&folder, &name), None);
         fs::write(&path, &bytes[..10]).unwrap();
         assert_eq!(read(&folder, &name), None);
+        write(&folder, &name, b"anew").unwrap();
+        assert_eq!(read(&folder, &name).unwrap(), b"anew");
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "nothing is left aside");
         fs::remove_dir_all(&folder).unwrap();
     }

@@ -6,8 +6,8 @@
 //! libtorch offers, the sum `out = a b + plus` has a summand of its own, which libtorch would first copy to `out`.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ffi::{c_int, c_void};
+use std::hash::Hash;
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock};
 
@@ -96,19 +96,22 @@ const REDUCTION: u32 = 2;
 const LEAST_GAIN: f64 = 0.03;
 
 /// A matrix as cuBLASLt takes it, by columns: whether it lies by rows instead, and the distance of two rows or columns.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Layout {
     transposed: bool,
     leading: i64,
 }
 
-/// Of x `[rows, columns]`, which by columns is its transpose; `None` if neither its rows nor its columns lie together.
-fn layout_of(x: &Tensor) -> Option<Layout> {
-    match x.stride()[..] {
-        [leading, 1] => Some(Layout { transposed: false, leading }),
-        [1, leading] => Some(Layout { transposed: true, leading }),
-        _ => None,
-    }
+/// Of a matrix `[rows, columns]` with these strides, which by columns is its transpose; `None` if neither its rows nor its columns
+/// lie together, or they lie over each other, as those of an expanded one do.
+fn layout_of(size: &[i64], strides: &[i64]) -> Option<Layout> {
+    let (&[rows, columns], &[down, across]) = (size, strides) else { return None };
+    // The stride of a dimension of size 1 may be any number: nothing is ever that far away.
+    let by = |transposed, inner: i64, step, outer, leading: i64| {
+        let leading = if outer > 1 { leading } else { leading.max(inner) };
+        ((step == 1 || inner == 1) && leading >= inner).then_some(Layout { transposed, leading })
+    };
+    by(false, columns, across, rows, down).or_else(|| by(true, rows, down, columns, across))
 }
 
 /// All that a choice depends on. cuBLASLt's names: by columns `out^T [m, n] = b^T a^T`.
@@ -138,10 +141,11 @@ struct Plan {
     workspace: usize,
 }
 
-// SAFETY: descriptors are not changed after they are made, and cuBLASLt may be called from any thread.
+// SAFETY: descriptors are not changed after they are made, and cuBLASLt may be called from several threads at once.
 unsafe impl Send for Plan {}
 
 /// The library and its handle for one device.
+#[derive(Clone, Copy)]
 struct On {
     lt: &'static Lt,
     gpu: Gpu,
@@ -181,7 +185,9 @@ fn switched_off() -> bool {
 
 /// The product as cuBLASLt takes it; `None` if it is small, or not on a GPU, or not of bf16 or f16, or lies scattered.
 fn problem(out: &Tensor, a: &Tensor, b: &Tensor, plus: Option<&Tensor>) -> Option<Problem> {
-    if !a.device().is_cuda()
+    let device = a.device();
+    if !device.is_cuda()
+        || [out, b].into_iter().chain(plus).any(|x| x.device() != device)
         || !matches!(a.kind(), Kind::BFloat16 | Kind::Half)
         || b.kind() != a.kind()
         || switched_off()
@@ -195,14 +201,14 @@ fn problem(out: &Tensor, a: &Tensor, b: &Tensor, plus: Option<&Tensor>) -> Optio
     if of_b != inner || !kinds || !fits(out) || !plus.is_none_or(fits) || rows * columns < LEAST / inner.max(1) {
         return None;
     }
-    let gpu = gpu(a.device()).ok()?.index;
+    let gpu = gpu(device).ok()?.index;
     Some(Problem {
         gpu,
         m: columns,
         n: rows,
         k: inner,
-        first: layout_of(b)?,
-        second: layout_of(a)?,
+        first: layout_of(&b.size(), &b.stride())?,
+        second: layout_of(&a.size(), &a.stride())?,
         out: columns,
         kind: data_type(a.kind())?,
         out_kind: data_type(out.kind())?,
@@ -217,23 +223,29 @@ pub fn product(out: &Tensor, a: &Tensor, b: &Tensor, plus: Option<&Tensor>) -> R
     static ON: OnceLock<Mutex<HashMap<usize, On>>> = OnceLock::new();
     static PLANS: OnceLock<Mutex<HashMap<Problem, Option<Plan>>>> = OnceLock::new();
     let Some(problem) = problem(out, a, b, plus) else { return Ok(false) };
-    let mut all = lock(ON.get_or_init(Mutex::default));
-    let on = match all.entry(problem.gpu) {
-        Entry::Occupied(there) => there.into_mut(),
-        Entry::Vacant(place) => place.insert(On::new(gpu(a.device())?)?),
-    };
-    let mut plans = lock(PLANS.get_or_init(Mutex::default));
-    let plan = match plans.get(&problem) {
-        Some(plan) => *plan,
-        None => {
-            let plan = on.plan(&problem, &Given { out, a, b, plus })?;
-            plans.insert(problem, plan);
-            plan
-        }
-    };
+    let given = Given { out, a, b, plus };
+    let on = made_once(ON.get_or_init(Mutex::default), problem.gpu, || On::new(gpu(a.device())?))?;
+    let plan = made_once(PLANS.get_or_init(Mutex::default), problem, || on.plan(&problem, &given))?;
     let Some(plan) = plan else { return Ok(false) };
-    on.enqueue(&plan, &Given { out, a, b, plus })?;
+    on.enqueue(&plan, &given)?;
     Ok(true)
+}
+
+/// A table's entry, made if it is not there. Not under the lock: what is timed waits for its GPU, which may wait for other ranks,
+/// and these may be threads that want products too. Of two made at once the first stays.
+fn made_once<K: Eq + Hash, V: Copy>(
+    table: &Mutex<HashMap<K, V>>,
+    key: K,
+    make: impl FnOnce() -> Result<V>,
+) -> Result<V> {
+    let there = lock(table).get(&key).copied();
+    match there {
+        Some(value) => Ok(value),
+        None => {
+            let made = make()?;
+            Ok(*lock(table).entry(key).or_insert(made))
+        }
+    }
 }
 
 /// What [`product`] is given.
@@ -258,19 +270,22 @@ impl On {
     fn plan(&self, problem: &Problem, given: &Given) -> Result<Option<Plan>> {
         let mut plan = self.described(problem)?;
         let name = self.file(problem)?;
-        let kept = cache::folder().and_then(|folder| cache::read(folder, &name));
-        if let Some(proposal) = kept.and_then(|bytes| self.kept(&plan, &bytes)) {
-            (plan.algorithm, plan.workspace) = (proposal.algorithm, proposal.workspace);
-            return Ok(Some(plan));
-        }
-        let proposals = self.proposals(problem, &plan)?;
-        let Some(best) = self.quickest(&plan, &proposals, given)? else { return Ok(None) };
-        (plan.algorithm, plan.workspace) = (best.algorithm, best.workspace);
-        if let Some(folder) = cache::folder() {
-            let bytes: Vec<u8> = best.algorithm.iter().flat_map(|word| word.to_le_bytes()).collect();
-            // A cache that cannot be written to is slower, not wrong.
-            let _ = cache::write(folder, &name, &bytes);
-        }
+        let kept = || self.kept(&plan, &cache::read(cache::folder()?, &name)?);
+        let chosen = match kept() {
+            Some(chosen) => chosen,
+            None => {
+                let proposals = self.proposals(problem, &plan)?;
+                let Some(best) = self.quickest(&plan, &proposals, given)? else { return Ok(None) };
+                if let Some(folder) = cache::folder() {
+                    let bytes: Vec<u8> = best.algorithm.iter().flat_map(|word| word.to_le_bytes()).collect();
+                    // A cache that cannot be written to is slower, not wrong.
+                    let _ = cache::write(folder, &name, &bytes);
+                }
+                // Another rank may have been quicker: its choice is that of later runs.
+                kept().unwrap_or(best)
+            }
+        };
+        (plan.algorithm, plan.workspace) = (chosen.algorithm, chosen.workspace);
         Ok(Some(plan))
     }
 
@@ -440,5 +455,52 @@ impl On {
             ))
         })?;
         check("cublasLtMatmul", status)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_of_matrices() {
+        let by_rows = |leading| Some(Layout { transposed: false, leading });
+        let by_columns = |leading| Some(Layout { transposed: true, leading });
+        for (size, strides, expected) in [
+            ([5, 3], [3, 1], by_rows(3)),
+            ([5, 3], [9, 1], by_rows(9)),
+            ([5, 3], [1, 5], by_columns(5)),
+            ([5, 3], [1, 8], by_columns(8)),
+            // Any stride of a single row or column.
+            ([1, 3], [0, 1], by_rows(3)),
+            ([1, 3], [1, 1], by_rows(3)),
+            ([5, 1], [1, 1], by_rows(1)),
+            ([5, 1], [7, 0], by_rows(7)),
+            ([5, 1], [1, 0], by_rows(1)),
+            ([1, 3], [2, 8], by_columns(8)),
+            // Expanded, overlapping, scattered.
+            ([5, 3], [0, 1], None),
+            ([5, 3], [1, 0], None),
+            ([5, 3], [0, 0], None),
+            ([5, 3], [2, 1], None),
+            ([5, 3], [1, 4], None),
+            ([5, 3], [6, 2], None),
+        ] {
+            assert_eq!(layout_of(&size, &strides), expected, "{size:?} {strides:?}");
+        }
+        assert_eq!(layout_of(&[5], &[1]), None);
+    }
+
+    #[test]
+    fn entries_are_made_once_and_not_under_the_lock() {
+        let table = Mutex::default();
+        let made = made_once(&table, 1, || {
+            assert_eq!(made_once(&table, 1, || Ok("within"))?, "within");
+            Ok("outside")
+        });
+        assert_eq!(made.unwrap(), "within");
+        assert_eq!(made_once(&table, 1, || Ok("again")).unwrap(), "within");
+        assert!(made_once(&table, 2, || Err(Error::Cuda("no".to_owned()))).is_err());
+        assert_eq!(made_once(&table, 2, || Ok("later")).unwrap(), "later");
     }
 }

@@ -32,8 +32,6 @@ pub struct Memory {
     pub operator: i64,
     /// What the larger of the two methods holds for and of other ranks, with its sums.
     pub gathers: i64,
-    /// The gradient of a tied output projection, which waits for the embedding's.
-    pub projection: i64,
     /// One chunk of logits, and the gradient of the output projection.
     pub loss: i64,
     /// What AdamW computes with, and the gradient summed over ranks.
@@ -76,7 +74,6 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
         master_weights: master > 0,
         operator: operator(config, s),
         gathers: gathers(config, s),
-        projection: if config.model.tied { s.vocab * s.d * s.width } else { 0 },
         loss: loss(config, s),
         update: p * (steps + gradient * reduced),
         activations,
@@ -87,7 +84,7 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
     } else {
         memory.activations.without_checkpointing
     };
-    let pass = kept + memory.loss.max(memory.operator + memory.gathers + memory.projection);
+    let pass = kept + memory.loss.max(memory.operator + memory.gathers);
     memory.total = memory.weights + memory.gradients + memory.optimizer + pass.max(memory.update);
     memory
 }
@@ -100,9 +97,9 @@ fn left_product(config: &Config) -> bool {
     method::left_product(&config.parallel.linear_method).is_some()
 }
 
-/// Whether linear layers run in the kernels of linear.cu and linear_mma.cu.
+/// Whether linear layers run in the kernels of linear.cu and linear_mma.cu, which take no f64.
 fn kernels(config: &Config, s: &Sizes) -> bool {
-    gpu(config) && s.k % 8 == 0 && !left_product(config)
+    gpu(config) && config.train.dtype != Dtype::F64 && s.k % 8 == 0 && !left_product(config)
 }
 
 /// The states that these kernels save of one layer: at each place where two blocks of threads meet, and where a head, or a head

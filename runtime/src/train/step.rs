@@ -30,8 +30,8 @@ pub struct Trainer {
     device: Device,
     /// `[P]`: where backward adds up gradients.
     grad: Tensor,
-    /// The coming step and its data, made ready while a GPU still computed the last one.
-    next: Option<(u64, Vec<Batch>)>,
+    /// The coming step and its first micro-batch, made ready while a GPU still computed the last step.
+    next: Option<(u64, Batch)>,
 }
 
 /// Sequences of equal length that go through the model together: this rank's tokens and labels of them `[B, T]`, on its device.
@@ -120,11 +120,10 @@ impl Trainer {
         let mut grad = self.grad.shallow_clone();
         let mut loss_sum = Tensor::f_zeros([], (Kind::Double, self.device))?;
         let mut labels = 0.0;
-        let batches = match self.next.take() {
-            Some((of, batches)) if of == step => batches,
-            _ => self.batches(step)?,
-        };
-        for batch in batches {
+        let mut ready = self.next.take().filter(|(of, _)| *of == step).map(|(_, batch)| batch);
+        for at in 0..train.batch / self.mesh.dp.size() / train.micro_batch {
+            // A GPU still computes the micro-batch before.
+            let batch = ready.take().map_or_else(|| self.micro_batch(step, at), Ok)?;
             let (loss, counted) = (self.loss(&batch, train.activation_checkpointing)?, batch.counted);
             let seed = loss.f_ones_like()?.f_mul_scalar(1.0 / expected)?;
             kernels::bridge::backward(&loss, &seed)?;
@@ -149,7 +148,7 @@ impl Trainer {
         let norm = self.optimizer.update(&mut self.model.params, &mut grad, scale, lr, step)?;
         self.steps_done = step;
         if step < train.steps {
-            self.next = Some((step + 1, self.batches(step + 1)?));
+            self.next = Some((step + 1, self.micro_batch(step + 1, 0)?));
         }
         let numbers = [loss_sum.f_to_device(norm.device())?, norm.f_to_kind(Kind::Double)?];
         let numbers = Vec::<f64>::try_from(Tensor::f_stack(&numbers, 0)?)?;
@@ -176,14 +175,14 @@ impl Trainer {
         Ok(Some(all[0] / all[1]))
     }
 
-    /// The sequences of a step that belong to this rank's dp group, a micro-batch at a time. Several of them make a batch only
-    /// where none has documents inside.
-    fn batches(&self, step: u64) -> Result<Vec<Batch>> {
-        let batch = self.config.train.batch;
-        let mine = batch / self.mesh.dp.size();
-        let first = (step - 1) * batch as u64 + (self.mesh.dp.rank() * mine) as u64;
-        let sequences: Vec<Sequence> = (first..first + mine as u64).map(|index| self.source.sequence(index)).collect();
-        sequences.chunks(self.config.train.micro_batch).map(|together| self.batch(together)).collect()
+    /// Of the sequences of a step that belong to this rank's dp group, those of one pass. Several of them make a batch only where
+    /// none has documents inside.
+    fn micro_batch(&self, step: u64, at: usize) -> Result<Batch> {
+        let (batch, size) = (self.config.train.batch, self.config.train.micro_batch);
+        let before = self.mesh.dp.rank() * (batch / self.mesh.dp.size()) + at * size;
+        let first = (step - 1) * batch as u64 + before as u64;
+        let sequences: Vec<Sequence> = (first..first + size as u64).map(|index| self.source.sequence(index)).collect();
+        self.batch(&sequences)
     }
 
     /// This rank's share of some sequences, at least one.

@@ -18,12 +18,9 @@ use crate::linear::{Decay, Inputs, Piece, StateMixer};
 pub use passes::{Form, LINEAR_MMA, Variant};
 use passes::{Run, SLICE, WIDEST, dual, widest};
 
-/// Whether models use these kernels without being told to.
-pub const BY_DEFAULT: bool = true;
-
-/// The kernels that models use: Hopper's own for what they take, then those of this module if [`BY_DEFAULT`], then `other`.
+/// The kernels that models use: Hopper's own for what they take, then those of this module, then `other`.
 pub fn families<M: StateMixer + 'static>(other: M) -> Arc<dyn StateMixer> {
-    if BY_DEFAULT { Arc::new(linear::Fused::new(Fused::new(other))) } else { Arc::new(linear::Fused::new(other)) }
+    Arc::new(linear::Fused::new(Fused::new(other)))
 }
 
 /// Whether the kernels take these inputs: bf16, f16 or f32 on compute capability 8.0 or later, sizes that are multiples of 8.
