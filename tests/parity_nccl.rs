@@ -31,18 +31,7 @@ fn main() -> ExitCode {
 
 /// What this machine lacks for so many ranks.
 fn missing(ranks: usize) -> Option<String> {
-    let gpus = open_cuda().map_or(0, |()| Cuda::device_count());
-    if gpus < 1 {
-        return Some("no CUDA device".into());
-    }
-    let version = match nccl::Library::open(None) {
-        Ok(library) => library.version(),
-        Err(error) => return Some(error.to_string()),
-    };
-    let shared = version >= nccl::SHARES_GPUS && env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1");
-    (ranks as i64 > gpus && !shared).then(|| {
-        format!("{ranks} ranks need as many GPUs, or NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1; here: {gpus}, NCCL {version}")
-    })
+    nccl::missing(ranks, open_cuda().map_or(0, |()| Cuda::device_count() as usize))
 }
 
 /// libtorch's CUDA part, after another NCCL if one is named.

@@ -33,11 +33,6 @@ struct Decays {
     long long batch, token, head;
 };
 
-struct Output {
-    char* data;
-    long long batch, token, head;  // strides in numbers
-};
-
 DEVICE int chunks_of(const Segment& s) {
     return (s.end - s.start + CHUNK - 1) / CHUNK;
 }

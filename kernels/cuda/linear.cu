@@ -66,11 +66,6 @@ struct Decays {
     long long batch, token, head;
 };
 
-struct Output {
-    void* data;
-    long long batch, token, head;  // strides in elements
-};
-
 struct SummarizeParams {
     TensorMap y, z;
     const Segment* segments;

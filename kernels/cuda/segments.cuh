@@ -1,6 +1,12 @@
-// What linear.cu and linear_mma.cu share: the tables by which the host cuts the tokens (kernels/src/cuda/segments/plan.rs), and
-// the recurrence from segment to segment.
+// What linear.cu and linear_mma.cu share: the tables by which the host cuts the tokens (kernels/src/cuda/segments/plan.rs), where
+// they write to, and the recurrence from segment to segment.
 #pragma once
+
+// A tensor [B, T, H, ..] to write to.
+struct Output {
+    char* data;
+    long long batch, token, head;  // strides in numbers
+};
 
 // A run of tokens of one head, inside one document.
 struct Segment {

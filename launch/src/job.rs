@@ -1,6 +1,5 @@
 //! Runs a command's body once on every rank: in this process under a launcher, else on threads.
 
-use std::env;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -122,8 +121,8 @@ pub fn on_gpu(launcher: &Launcher, world: &Group) -> Result<(Group, Device)> {
         Err(_) if world.size() == 1 => return Ok((world.clone(), Device::Cuda(gpu))),
         library => library?,
     };
-    let enabled = env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value.trim() == "1");
-    if place >= gpus && library.version() >= nccl::SHARES_GPUS && !enabled {
+    let version = library.version();
+    if place >= gpus && version >= nccl::SHARES_GPUS && !nccl::may_share_gpus(version) {
         bail!(
             "rank {} is number {} of its node, which has {gpus} GPUs: start as many ranks as GPUs, or set \
              NCCL_MULTI_RANK_GPU_ENABLE=1 to let ranks share one",

@@ -51,6 +51,27 @@ use tch::Device;
 /// The first NCCL whose communicators may have several ranks on one GPU.
 pub const SHARES_GPUS: Version = Version { major: 2, minor: 30, patch: 0 };
 
+/// Whether several ranks may share a GPU: NCCL's version allows it, and the environment tells NCCL so.
+pub fn may_share_gpus(version: Version) -> bool {
+    version >= SHARES_GPUS && std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value.trim() == "1")
+}
+
+/// What a machine with so many GPUs lacks for so many ranks on it.
+pub fn missing(ranks: usize, gpus: usize) -> Option<String> {
+    if gpus == 0 {
+        return Some("no CUDA device".into());
+    }
+    let version = match Library::open(None) {
+        Ok(library) => library.version(),
+        Err(error) => return Some(error.to_string()),
+    };
+    (ranks > gpus && !may_share_gpus(version)).then(|| {
+        format!(
+            "{ranks} ranks need as many GPUs, or NCCL {SHARES_GPUS} and NCCL_MULTI_RANK_GPU_ENABLE=1; here: {gpus}, NCCL {version}"
+        )
+    })
+}
+
 /// For which operations ranks compare what they bring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Check {

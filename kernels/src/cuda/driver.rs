@@ -5,9 +5,8 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::Path;
 use std::sync::OnceLock;
 
-use libloading::Library;
-
-use super::{library, message};
+use super::library::{self, functions};
+use super::message;
 use crate::{Error, Result};
 
 type Status = c_int;
@@ -63,58 +62,40 @@ pub struct Launch {
 #[derive(Clone, Copy, Debug)]
 pub struct TileMap(pub [u64; 16]);
 
-macro_rules! calls {
-    ($($name:ident = $symbol:literal ( $($type:ty),* );)*) => {
-        pub(super) struct Driver {
-            $($name: unsafe extern "C" fn($($type),*) -> Status,)*
-            /// Of kernels/emulator: device 0 is the CPU.
-            pub(super) emulated: bool,
-            _library: Library,
-        }
-
-        impl Driver {
-            fn open() -> Result<Self> {
-                let emulator = library::emulator();
-                let name = emulator.unwrap_or(Path::new("libcuda.so.1"));
-                let library = library::open_any(&[name.to_owned()], "the CUDA driver")?;
-                // SAFETY: the signatures are those of cuda.h.
-                unsafe {
-                    Ok(Self {
-                        $($name: *library.get($symbol).map_err(|e| Error::Cuda(e.to_string()))?,)*
-                        emulated: emulator.is_some(),
-                        _library: library,
-                    })
-                }
-            }
-        }
-    };
+functions! {
+    /// Functions of libcuda.so.1.
+    Calls {
+        init = b"cuInit" (c_uint) -> Status;
+        error_name = b"cuGetErrorName" (Status, *mut *const c_char) -> Status;
+        error_string = b"cuGetErrorString" (Status, *mut *const c_char) -> Status;
+        device_count = b"cuDeviceGetCount" (*mut c_int) -> Status;
+        device_name = b"cuDeviceGetName" (*mut c_char, c_int, c_int) -> Status;
+        device_get = b"cuDeviceGet" (*mut c_int, c_int) -> Status;
+        device_attribute = b"cuDeviceGetAttribute" (*mut c_int, c_int, c_int) -> Status;
+        primary_retain = b"cuDevicePrimaryCtxRetain" (*mut *mut c_void, c_int) -> Status;
+        set_current = b"cuCtxSetCurrent" (*mut c_void) -> Status;
+        get_current = b"cuCtxGetCurrent" (*mut *mut c_void) -> Status;
+        module_load = b"cuModuleLoadData" (*mut *mut c_void, *const c_void) -> Status;
+        module_function = b"cuModuleGetFunction" (*mut *mut c_void, *mut c_void, *const c_char) -> Status;
+        function_set = b"cuFuncSetAttribute" (*mut c_void, c_int, c_int) -> Status;
+        encode_tiled = b"cuTensorMapEncodeTiled" (
+            *mut c_void, c_int, c_uint, *mut c_void, *const u64, *const u64, *const c_uint, *const c_uint,
+            c_int, c_int, c_int, c_int
+        ) -> Status;
+        event_create = b"cuEventCreate" (*mut *mut c_void, c_uint) -> Status;
+        event_record = b"cuEventRecord" (*mut c_void, *mut c_void) -> Status;
+        event_synchronize = b"cuEventSynchronize" (*mut c_void) -> Status;
+        event_elapsed = b"cuEventElapsedTime" (*mut f32, *mut c_void, *mut c_void) -> Status;
+        launch_kernel = b"cuLaunchKernel" (
+            *mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void, *mut *mut c_void
+        ) -> Status;
+    }
 }
 
-calls! {
-    init = b"cuInit" (c_uint);
-    error_name = b"cuGetErrorName" (Status, *mut *const c_char);
-    error_string = b"cuGetErrorString" (Status, *mut *const c_char);
-    device_count = b"cuDeviceGetCount" (*mut c_int);
-    device_name = b"cuDeviceGetName" (*mut c_char, c_int, c_int);
-    device_get = b"cuDeviceGet" (*mut c_int, c_int);
-    device_attribute = b"cuDeviceGetAttribute" (*mut c_int, c_int, c_int);
-    primary_retain = b"cuDevicePrimaryCtxRetain" (*mut *mut c_void, c_int);
-    set_current = b"cuCtxSetCurrent" (*mut c_void);
-    get_current = b"cuCtxGetCurrent" (*mut *mut c_void);
-    module_load = b"cuModuleLoadData" (*mut *mut c_void, *const c_void);
-    module_function = b"cuModuleGetFunction" (*mut *mut c_void, *mut c_void, *const c_char);
-    function_set = b"cuFuncSetAttribute" (*mut c_void, c_int, c_int);
-    encode_tiled = b"cuTensorMapEncodeTiled" (
-        *mut c_void, c_int, c_uint, *mut c_void, *const u64, *const u64, *const c_uint, *const c_uint,
-        c_int, c_int, c_int, c_int
-    );
-    event_create = b"cuEventCreate" (*mut *mut c_void, c_uint);
-    event_record = b"cuEventRecord" (*mut c_void, *mut c_void);
-    event_synchronize = b"cuEventSynchronize" (*mut c_void);
-    event_elapsed = b"cuEventElapsedTime" (*mut f32, *mut c_void, *mut c_void);
-    launch_kernel = b"cuLaunchKernel" (
-        *mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void, *mut *mut c_void
-    );
+pub(super) struct Driver {
+    calls: Calls,
+    /// Of kernels/emulator: device 0 is the CPU.
+    pub(super) emulated: bool,
 }
 
 /// The driver of this process; an error where there is none.
@@ -123,13 +104,21 @@ pub(super) fn driver() -> Result<&'static Driver> {
     let opened = DRIVER.get_or_init(|| {
         let driver = Driver::open().map_err(message)?;
         // SAFETY: cuInit takes no pointer.
-        driver.check("cuInit", unsafe { (driver.init)(0) }).map_err(message)?;
+        driver.check("cuInit", unsafe { (driver.calls.init)(0) }).map_err(message)?;
         Ok(driver)
     });
     opened.as_ref().map_err(|message| Error::Cuda(message.clone()))
 }
 
 impl Driver {
+    fn open() -> Result<Self> {
+        let emulator = library::emulator();
+        let name = emulator.unwrap_or(Path::new("libcuda.so.1"));
+        let library = library::open_any(&[name.to_owned()], "the CUDA driver")?;
+        // SAFETY: the signatures are those of cuda.h.
+        Ok(Self { calls: unsafe { Calls::of(library) }?, emulated: emulator.is_some() })
+    }
+
     fn check(&self, call: &str, status: Status) -> Result<()> {
         if status == 0 {
             return Ok(());
@@ -142,15 +131,15 @@ impl Driver {
                 if text.is_null() { "?".to_owned() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
             }
         };
-        Err(Error::Cuda(format!("{call}: {} ({})", text(self.error_string), text(self.error_name))))
+        Err(Error::Cuda(format!("{call}: {} ({})", text(self.calls.error_string), text(self.calls.error_name))))
     }
 
     pub fn attribute(&self, device: usize, attribute: Attribute) -> Result<i32> {
         let (mut handle, mut value) = (0, 0);
         // SAFETY: both calls write one int.
-        self.check("cuDeviceGet", unsafe { (self.device_get)(&mut handle, device as c_int) })?;
+        self.check("cuDeviceGet", unsafe { (self.calls.device_get)(&mut handle, device as c_int) })?;
         // SAFETY: as above.
-        let status = unsafe { (self.device_attribute)(&mut value, attribute as c_int, handle) };
+        let status = unsafe { (self.calls.device_attribute)(&mut value, attribute as c_int, handle) };
         self.check("cuDeviceGetAttribute", status)?;
         Ok(value)
     }
@@ -158,16 +147,16 @@ impl Driver {
     pub fn devices(&self) -> Result<usize> {
         let mut count = 0;
         // SAFETY: writes one int.
-        self.check("cuDeviceGetCount", unsafe { (self.device_count)(&mut count) })?;
+        self.check("cuDeviceGetCount", unsafe { (self.calls.device_count)(&mut count) })?;
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
     pub fn name(&self, device: usize) -> Result<String> {
         let (mut handle, mut name) = (0, [0u8; 256]);
         // SAFETY: writes one int.
-        self.check("cuDeviceGet", unsafe { (self.device_get)(&mut handle, device as c_int) })?;
+        self.check("cuDeviceGet", unsafe { (self.calls.device_get)(&mut handle, device as c_int) })?;
         // SAFETY: writes at most 256 bytes, the last of them 0.
-        let status = unsafe { (self.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, handle) };
+        let status = unsafe { (self.calls.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, handle) };
         self.check("cuDeviceGetName", status)?;
         Ok(CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default())
     }
@@ -176,9 +165,9 @@ impl Driver {
     pub fn context(&self, device: usize) -> Result<Context> {
         let (mut handle, mut context) = (0, std::ptr::null_mut());
         // SAFETY: writes one int, then one pointer.
-        self.check("cuDeviceGet", unsafe { (self.device_get)(&mut handle, device as c_int) })?;
+        self.check("cuDeviceGet", unsafe { (self.calls.device_get)(&mut handle, device as c_int) })?;
         // SAFETY: as above.
-        self.check("cuDevicePrimaryCtxRetain", unsafe { (self.primary_retain)(&mut context, handle) })?;
+        self.check("cuDevicePrimaryCtxRetain", unsafe { (self.calls.primary_retain)(&mut context, handle) })?;
         Ok(Context(context))
     }
 
@@ -186,15 +175,15 @@ impl Driver {
     pub fn within<T>(&self, context: Context, body: impl FnOnce() -> Result<T>) -> Result<T> {
         let mut before = std::ptr::null_mut();
         // SAFETY: writes one pointer.
-        self.check("cuCtxGetCurrent", unsafe { (self.get_current)(&mut before) })?;
+        self.check("cuCtxGetCurrent", unsafe { (self.calls.get_current)(&mut before) })?;
         if before == context.0 {
             return body();
         }
         // SAFETY: a context from `context`, and then the one that was current.
-        self.check("cuCtxSetCurrent", unsafe { (self.set_current)(context.0) })?;
+        self.check("cuCtxSetCurrent", unsafe { (self.calls.set_current)(context.0) })?;
         let result = body();
         // SAFETY: as above.
-        self.check("cuCtxSetCurrent", unsafe { (self.set_current)(before) })?;
+        self.check("cuCtxSetCurrent", unsafe { (self.calls.set_current)(before) })?;
         result
     }
 
@@ -202,7 +191,7 @@ impl Driver {
     pub fn load(&self, cubin: &[u8]) -> Result<Module> {
         let mut module = std::ptr::null_mut();
         // SAFETY: a cubin carries its own length; the driver copies it.
-        self.check("cuModuleLoadData", unsafe { (self.module_load)(&mut module, cubin.as_ptr().cast()) })?;
+        self.check("cuModuleLoadData", unsafe { (self.calls.module_load)(&mut module, cubin.as_ptr().cast()) })?;
         Ok(Module(module))
     }
 
@@ -210,7 +199,7 @@ impl Driver {
         let name = CString::new(name).map_err(|e| Error::Cuda(e.to_string()))?;
         let mut function = std::ptr::null_mut();
         // SAFETY: the module is never unloaded; `name` outlives the call.
-        let status = unsafe { (self.module_function)(&mut function, module.0, name.as_ptr()) };
+        let status = unsafe { (self.calls.module_function)(&mut function, module.0, name.as_ptr()) };
         self.check(&format!("cuModuleGetFunction {}", name.to_string_lossy()), status)?;
         Ok(Function(function))
     }
@@ -218,7 +207,7 @@ impl Driver {
     /// Allows a kernel up to `bytes` of dynamic shared memory, which beyond 48 KiB it must be.
     pub fn allow_shared(&self, function: Function, bytes: u32) -> Result<()> {
         // SAFETY: a function of a module that is never unloaded.
-        let status = unsafe { (self.function_set)(function.0, MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as c_int) };
+        let status = unsafe { (self.calls.function_set)(function.0, MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as c_int) };
         self.check("cuFuncSetAttribute", status)
     }
 
@@ -238,7 +227,7 @@ impl Driver {
         // SAFETY: as the caller promises; the driver copies the arguments before it returns.
         let status = unsafe {
             let none = std::ptr::null_mut();
-            (self.launch_kernel)(function.0, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), none)
+            (self.calls.launch_kernel)(function.0, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), none)
         };
         self.check("cuLaunchKernel", status)
     }
@@ -247,23 +236,23 @@ impl Driver {
     pub fn event(&self) -> Result<Event> {
         let mut event = std::ptr::null_mut();
         // SAFETY: writes one pointer.
-        self.check("cuEventCreate", unsafe { (self.event_create)(&mut event, 0) })?;
+        self.check("cuEventCreate", unsafe { (self.calls.event_create)(&mut event, 0) })?;
         Ok(Event(event))
     }
 
     /// Records `event` on a stream of libtorch's.
     pub fn record(&self, event: Event, stream: *mut c_void) -> Result<()> {
         // SAFETY: an event that is never destroyed; the driver checks the stream.
-        self.check("cuEventRecord", unsafe { (self.event_record)(event.0, stream) })
+        self.check("cuEventRecord", unsafe { (self.calls.event_record)(event.0, stream) })
     }
 
     /// Milliseconds between two recorded events, once the second has come.
     pub fn elapsed(&self, from: Event, to: Event) -> Result<f64> {
         let mut ms = 0.0;
         // SAFETY: events that are never destroyed.
-        self.check("cuEventSynchronize", unsafe { (self.event_synchronize)(to.0) })?;
+        self.check("cuEventSynchronize", unsafe { (self.calls.event_synchronize)(to.0) })?;
         // SAFETY: as above; writes one float.
-        self.check("cuEventElapsedTime", unsafe { (self.event_elapsed)(&mut ms, from.0, to.0) })?;
+        self.check("cuEventElapsedTime", unsafe { (self.calls.event_elapsed)(&mut ms, from.0, to.0) })?;
         Ok(f64::from(ms))
     }
 
@@ -278,7 +267,7 @@ impl Driver {
         let mut map = TileMap([0; 16]);
         // SAFETY: writes 128 bytes, aligned to 64; reads four sizes, three strides, and twice four numbers.
         let status = unsafe {
-            (self.encode_tiled)(
+            (self.calls.encode_tiled)(
                 map.0.as_mut_ptr().cast(),
                 BFLOAT16,
                 4,

@@ -7,6 +7,28 @@ use libloading::Library;
 
 use crate::{Error, Result};
 
+/// A struct of a library's functions, each by its symbol, which keeps the library open.
+macro_rules! functions {
+    ($(#[$about:meta])* $table:ident { $($name:ident = $symbol:literal ( $($type:ty),* $(,)? ) -> $result:ty;)* }) => {
+        $(#[$about])*
+        struct $table {
+            $($name: unsafe extern "C" fn($($type),*) -> $result,)*
+            _library: libloading::Library,
+        }
+
+        impl $table {
+            /// # Safety
+            /// The signatures are those of the library's header.
+            unsafe fn of(library: libloading::Library) -> $crate::Result<Self> {
+                let failed = |e: libloading::Error| $crate::Error::Cuda(e.to_string());
+                // SAFETY: as the caller promises.
+                unsafe { Ok(Self { $($name: *library.get($symbol).map_err(failed)?,)* _library: library }) }
+            }
+        }
+    };
+}
+pub(super) use functions;
+
 static EMULATOR: OnceLock<PathBuf> = OnceLock::new();
 
 /// Takes `library`, `kernels/emulator` compiled, for the driver and its compiler: from then on the kernels run on tensors on

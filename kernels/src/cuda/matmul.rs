@@ -11,60 +11,37 @@ use std::hash::Hash;
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock};
 
-use libloading::Library;
 use tch::{Kind, Tensor};
 
-use super::{Gpu, Stopwatch, cache, driver, gpu, library, lock, message, stream};
+use super::library::{self, functions};
+use super::{Gpu, Stopwatch, cache, driver, gpu, lock, message, stream};
 use crate::{Error, Result};
 
 type Status = c_int;
 type Handle = *mut c_void;
 
-macro_rules! calls {
-    ($($name:ident = $symbol:literal ( $($type:ty),* );)*) => {
-        struct Lt {
-            $($name: unsafe extern "C" fn($($type),*) -> Status,)*
-            version: usize,
-            _library: Library,
-        }
-
-        impl Lt {
-            fn open() -> Result<Self> {
-                let beside = library::beside_libtorch();
-                let mut names: Vec<PathBuf> =
-                    beside.iter().flat_map(|folder| library::matching(folder, "libcublasLt.so")).collect();
-                names.extend(["libcublasLt.so.13", "libcublasLt.so.12"].map(PathBuf::from));
-                let library = library::open_any(&names, "cuBLASLt")?;
-                let failed = |e: libloading::Error| Error::Cuda(e.to_string());
-                // SAFETY: the signatures are those of cublasLt.h.
-                unsafe {
-                    let version: unsafe extern "C" fn() -> usize = *library.get(b"cublasLtGetVersion").map_err(failed)?;
-                    let version = version();
-                    Ok(Self { $($name: *library.get($symbol).map_err(failed)?,)* version, _library: library })
-                }
-            }
-        }
-    };
-}
-
-calls! {
-    create = b"cublasLtCreate" (*mut Handle);
-    layout = b"cublasLtMatrixLayoutCreate" (*mut Handle, c_int, u64, u64, i64);
-    desc = b"cublasLtMatmulDescCreate" (*mut Handle, c_int, c_int);
-    desc_set = b"cublasLtMatmulDescSetAttribute" (Handle, c_int, *const c_void, usize);
-    preference = b"cublasLtMatmulPreferenceCreate" (*mut Handle);
-    preference_set = b"cublasLtMatmulPreferenceSetAttribute" (Handle, c_int, *const c_void, usize);
-    preference_destroy = b"cublasLtMatmulPreferenceDestroy" (Handle);
-    heuristic = b"cublasLtMatmulAlgoGetHeuristic" (
-        Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut Proposal, *mut c_int
-    );
-    algorithm_check = b"cublasLtMatmulAlgoCheck" (
-        Handle, Handle, Handle, Handle, Handle, Handle, *const Algorithm, *mut Proposal
-    );
-    matmul = b"cublasLtMatmul" (
-        Handle, Handle, *const f32, *const c_void, Handle, *const c_void, Handle, *const f32, *const c_void, Handle,
-        *mut c_void, Handle, *const Algorithm, *mut c_void, usize, *mut c_void
-    );
+functions! {
+    /// Functions of libcublasLt.so.
+    Lt {
+        version = b"cublasLtGetVersion" () -> usize;
+        create = b"cublasLtCreate" (*mut Handle) -> Status;
+        layout = b"cublasLtMatrixLayoutCreate" (*mut Handle, c_int, u64, u64, i64) -> Status;
+        desc = b"cublasLtMatmulDescCreate" (*mut Handle, c_int, c_int) -> Status;
+        desc_set = b"cublasLtMatmulDescSetAttribute" (Handle, c_int, *const c_void, usize) -> Status;
+        preference = b"cublasLtMatmulPreferenceCreate" (*mut Handle) -> Status;
+        preference_set = b"cublasLtMatmulPreferenceSetAttribute" (Handle, c_int, *const c_void, usize) -> Status;
+        preference_destroy = b"cublasLtMatmulPreferenceDestroy" (Handle) -> Status;
+        heuristic = b"cublasLtMatmulAlgoGetHeuristic" (
+            Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut Proposal, *mut c_int
+        ) -> Status;
+        algorithm_check = b"cublasLtMatmulAlgoCheck" (
+            Handle, Handle, Handle, Handle, Handle, Handle, *const Algorithm, *mut Proposal
+        ) -> Status;
+        matmul = b"cublasLtMatmul" (
+            Handle, Handle, *const f32, *const c_void, Handle, *const c_void, Handle, *const f32, *const c_void, Handle,
+            *mut c_void, Handle, *const Algorithm, *mut c_void, usize, *mut c_void
+        ) -> Status;
+    }
 }
 
 /// `cublasLtMatmulAlgo_t`: opaque, and meant to be kept for the same version of the library.
@@ -157,7 +134,15 @@ unsafe impl Send for On {}
 
 fn lt() -> Result<&'static Lt> {
     static LT: OnceLock<std::result::Result<Lt, String>> = OnceLock::new();
-    LT.get_or_init(|| Lt::open().map_err(message)).as_ref().map_err(|message| Error::Cuda(message.clone()))
+    let open = || {
+        let beside = library::beside_libtorch();
+        let mut names: Vec<PathBuf> =
+            beside.iter().flat_map(|folder| library::matching(folder, "libcublasLt.so")).collect();
+        names.extend(["libcublasLt.so.13", "libcublasLt.so.12"].map(PathBuf::from));
+        // SAFETY: the signatures are those of cublasLt.h.
+        unsafe { Lt::of(library::open_any(&names, "cuBLASLt")?) }
+    };
+    LT.get_or_init(|| open().map_err(message)).as_ref().map_err(|message| Error::Cuda(message.clone()))
 }
 
 fn check(call: &str, status: Status) -> Result<()> {
@@ -293,7 +278,8 @@ impl On {
     fn file(&self, problem: &Problem) -> Result<String> {
         let Problem { m, n, k, first, second, out, kind, out_kind, alignments, .. } = *problem;
         let of = |x: Layout| format!("{}{}", if x.transposed { "t" } else { "n" }, x.leading);
-        let (gpu, version) = (driver()?.name(self.gpu.index)?, self.lt.version);
+        // SAFETY: takes nothing.
+        let (gpu, version) = (driver()?.name(self.gpu.index)?, unsafe { (self.lt.version)() });
         let text = format!(
             "{version} {m} {n} {k} {} {} {out} {kind} {out_kind} {alignments:?} {WORKSPACE} {REDUCTION}",
             of(first),

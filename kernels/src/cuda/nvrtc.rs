@@ -6,48 +6,32 @@ use std::sync::OnceLock;
 
 use libloading::Library;
 
-use super::{library, message};
+use super::library::{self, functions};
+use super::message;
 use crate::{Error, Result};
 
 type Program = *mut std::ffi::c_void;
 
-macro_rules! calls {
-    ($($name:ident = $symbol:literal ( $($type:ty),* );)*) => {
-        pub(super) struct Nvrtc {
-            $($name: unsafe extern "C" fn($($type),*) -> c_int,)*
-            error_string: unsafe extern "C" fn(c_int) -> *const c_char,
-            _builtins: Option<Library>,
-            _library: Library,
-        }
-
-        impl Nvrtc {
-            fn open((library, builtins): (Library, Option<Library>)) -> Result<Self> {
-                let failed = |e: libloading::Error| Error::Cuda(e.to_string());
-                // SAFETY: the signatures are those of nvrtc.h.
-                unsafe {
-                    Ok(Self {
-                        $($name: *library.get($symbol).map_err(failed)?,)*
-                        error_string: *library.get(b"nvrtcGetErrorString").map_err(failed)?,
-                        _builtins: builtins,
-                        _library: library,
-                    })
-                }
-            }
-        }
-    };
+functions! {
+    /// Functions of libnvrtc.so.
+    Calls {
+        version = b"nvrtcVersion" (*mut c_int, *mut c_int) -> c_int;
+        create = b"nvrtcCreateProgram" (
+            *mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char
+        ) -> c_int;
+        destroy = b"nvrtcDestroyProgram" (*mut Program) -> c_int;
+        compile = b"nvrtcCompileProgram" (Program, c_int, *const *const c_char) -> c_int;
+        log_size = b"nvrtcGetProgramLogSize" (Program, *mut usize) -> c_int;
+        log = b"nvrtcGetProgramLog" (Program, *mut c_char) -> c_int;
+        cubin_size = b"nvrtcGetCUBINSize" (Program, *mut usize) -> c_int;
+        cubin = b"nvrtcGetCUBIN" (Program, *mut c_char) -> c_int;
+        error_string = b"nvrtcGetErrorString" (c_int) -> *const c_char;
+    }
 }
 
-calls! {
-    version = b"nvrtcVersion" (*mut c_int, *mut c_int);
-    create = b"nvrtcCreateProgram" (
-        *mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char
-    );
-    destroy = b"nvrtcDestroyProgram" (*mut Program);
-    compile = b"nvrtcCompileProgram" (Program, c_int, *const *const c_char);
-    log_size = b"nvrtcGetProgramLogSize" (Program, *mut usize);
-    log = b"nvrtcGetProgramLog" (Program, *mut c_char);
-    cubin_size = b"nvrtcGetCUBINSize" (Program, *mut usize);
-    cubin = b"nvrtcGetCUBIN" (Program, *mut c_char);
+pub(super) struct Nvrtc {
+    calls: Calls,
+    _builtins: Option<Library>,
 }
 
 /// The library and, if it was found by path, its builtins, opened before it looks for them by name.
@@ -87,12 +71,17 @@ fn c_string(text: &str) -> Result<CString> {
 }
 
 impl Nvrtc {
+    fn open((library, builtins): (Library, Option<Library>)) -> Result<Self> {
+        // SAFETY: the signatures are those of nvrtc.h.
+        Ok(Self { calls: unsafe { Calls::of(library) }?, _builtins: builtins })
+    }
+
     fn check(&self, call: &str, status: c_int) -> Result<()> {
         if status == 0 {
             return Ok(());
         }
         // SAFETY: a string that the library owns for ever.
-        let text = unsafe { CStr::from_ptr((self.error_string)(status)) }.to_string_lossy();
+        let text = unsafe { CStr::from_ptr((self.calls.error_string)(status)) }.to_string_lossy();
         Err(Error::Cuda(format!("{call}: {text}")))
     }
 
@@ -100,7 +89,7 @@ impl Nvrtc {
     pub fn version(&self) -> Result<(i32, i32)> {
         let (mut major, mut minor) = (0, 0);
         // SAFETY: writes two ints.
-        self.check("nvrtcVersion", unsafe { (self.version)(&mut major, &mut minor) })?;
+        self.check("nvrtcVersion", unsafe { (self.calls.version)(&mut major, &mut minor) })?;
         Ok((major, minor))
     }
 
@@ -115,7 +104,7 @@ impl Nvrtc {
         let mut program: Program = std::ptr::null_mut();
         // SAFETY: all strings live until the end of this function.
         self.check("nvrtcCreateProgram", unsafe {
-            (self.create)(
+            (self.calls.create)(
                 &mut program,
                 c_source.as_ptr(),
                 c_name.as_ptr(),
@@ -125,17 +114,17 @@ impl Nvrtc {
             )
         })?;
         // SAFETY: a program just created.
-        let status = unsafe { (self.compile)(program, options.len() as c_int, options.as_ptr()) };
+        let status = unsafe { (self.calls.compile)(program, options.len() as c_int, options.as_ptr()) };
         let result = match self.check(&format!("compiling {name}"), status) {
-            Ok(()) => self.bytes("nvrtcGetCUBIN", program, self.cubin_size, self.cubin),
+            Ok(()) => self.bytes("nvrtcGetCUBIN", program, self.calls.cubin_size, self.calls.cubin),
             Err(error) => {
-                let log = self.bytes("nvrtcGetProgramLog", program, self.log_size, self.log)?;
+                let log = self.bytes("nvrtcGetProgramLog", program, self.calls.log_size, self.calls.log)?;
                 let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_owned();
                 Err(Error::Cuda(format!("{}\n{log}", message(error))))
             }
         };
         // SAFETY: destroyed once; nothing refers to it any more.
-        self.check("nvrtcDestroyProgram", unsafe { (self.destroy)(&mut program) })?;
+        self.check("nvrtcDestroyProgram", unsafe { (self.calls.destroy)(&mut program) })?;
         result
     }
 
