@@ -2,6 +2,7 @@
 //! resumed run is the run that was never interrupted, bit for bit.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use collectives::local;
@@ -10,7 +11,7 @@ use runtime::config::Config;
 use runtime::data::{PrepareOptions, prepare};
 use runtime::generate::Decoder;
 use runtime::metrics::{self, StepRecord};
-use runtime::model::{Context, Model};
+use runtime::model::{Context, LayerDone, Model};
 use runtime::sequence::{Layout, Plan, Shard, method};
 use runtime::train::{Options, run};
 use tch::{Device, Kind, Tensor};
@@ -108,6 +109,81 @@ fn losses_do_not_depend_on_the_micro_batch() -> Result<()> {
     for (size, ranks) in [(2, 1), (4, 1), (1, 2), (2, 2)] {
         let error = worst(&with(size, ranks)?, &one);
         assert!(error <= 1e-9, "{size} sequences a pass, {ranks} ranks: losses differ by {error:.1e}");
+    }
+    Ok(())
+}
+
+/// Sums of few numbers at a time, while backward goes on, are those of all numbers at its end.
+#[test]
+fn losses_do_not_depend_on_how_the_gradient_is_summed() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let corpus = corpus(folder.path())?;
+    for settings in [
+        &["parallel.sp=2", "model.decay=token", "train.batch=2"][..],
+        &["parallel.sp=2", "model.tied=false", "train.activation_checkpointing=true"],
+        &["parallel.sp=1", "parallel.dp=2", "train.batch=4"],
+    ] {
+        let with = |bucket: &'static str| -> Result<Vec<StepRecord>> {
+            let settings: Vec<&str> = settings.iter().copied().chain([bucket]).collect();
+            train(tempfile::tempdir_in(&folder)?.path(), &config(&corpus, &settings, 2)?, 2, false)
+        };
+        let (whole, layers) = (with("parallel.gradient_bucket_mib=64")?, with("parallel.gradient_bucket_mib=0")?);
+        for (a, b) in whole.iter().zip(&layers) {
+            assert_eq!((a.step, a.loss, a.grad_norm), (b.step, b.loss, b.grad_norm), "{settings:?}");
+        }
+    }
+    Ok(())
+}
+
+/// When backward says that a layer is done, nothing is added any more to the gradients of it and those behind it.
+#[test]
+fn gradients_are_complete_when_backward_says_so() -> Result<()> {
+    for (checkpoint, decay) in [(false, "token"), (true, "channel"), (false, "none")] {
+        let settings = [format!("model.decay={decay}"), "model.tied=false".to_owned()];
+        let config = lasp_tests::training::config(&settings)?;
+        tch::set_num_threads(1);
+        let said = local::run(1, |group| -> Result<Vec<usize>> {
+            let model = Model::new(&config.model, Kind::Double, 5, Device::Cpu)?;
+            let grad = Tensor::zeros([model.params.numel()], (Kind::Double, Device::Cpu));
+            model.params.share_grads(&grad)?;
+            let behind = |name: &str, layer: usize| {
+                let of = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+                of.map_or(name != "embedding", |of: usize| of >= layer)
+            };
+            let shares = model.params.split(&grad)?;
+            let copy = |layer: usize| -> Vec<(String, Tensor)> {
+                let of = shares.iter().filter(|(name, _)| behind(name, layer));
+                of.map(|(name, share)| (name.clone(), share.copy())).collect()
+            };
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let done: LayerDone = {
+                // Tensors may be looked at by any thread, one at a time.
+                let (seen, flat) = (seen.clone(), Mutex::new(grad.shallow_clone()));
+                Arc::new(move |layer| {
+                    seen.lock().unwrap().push((layer, flat.lock().unwrap().copy()));
+                    Ok(())
+                })
+            };
+            let layout = Layout::new(config.parallel.layout, 77, 1)?;
+            let (linear, attention) = (method::linear("lasp2", &group)?, method::attention("lasp2h")?);
+            let shard = Arc::new(Shard { group, plan: Plan::new(layout, None, 0)?, linear, attention });
+            let model_config = &config.model;
+            let context = Context::new(shard, model_config.head_dim(), 10_000.0, Kind::Double, Device::Cpu)?;
+            let tokens = Tensor::arange(77, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+            let hidden = model.forward(&context, &tokens, checkpoint, Some(&done))?;
+            model.loss(&hidden, &tokens)?.backward();
+            let seen = std::mem::take(&mut *seen.lock().unwrap());
+            for (layer, flat) in &seen {
+                let before = model.params.split(flat)?;
+                for (name, now) in copy(*layer) {
+                    let (_, before) = before.iter().find(|(other, _)| *other == name).expect("the same names");
+                    assert!(now.abs().max().double_value(&[]) > 0.0, "{name} has no gradient");
+                    assert_eq!(now, *before, "{name}, when layer {layer} was done");
+                }
+            }
+            Ok(seen.into_iter().map(|(layer, _)| layer).collect())
+        })?;
+        assert_eq!(said, [[3, 2, 1, 0]], "{decay}, checkpointing {checkpoint}");
     }
     Ok(())
 }
@@ -220,6 +296,6 @@ fn decoding_equals_the_training_forward() -> Result<()> {
 /// Logits `[T, vocab]`, f64, of the model that the test also decodes with.
 fn model_forward(config: &Config, context: &Context, tokens: &[i64]) -> Result<Tensor> {
     let model = Model::new(&config.model, Kind::Float, 5, Device::Cpu)?;
-    let hidden = model.forward(context, &Tensor::from_slice(tokens).unsqueeze(0), false)?;
+    let hidden = model.forward(context, &Tensor::from_slice(tokens).unsqueeze(0), false, None)?;
     Ok(model.logits(&hidden)?.select(0, 0).to_kind(Kind::Double))
 }

@@ -23,11 +23,11 @@ from fla.models import LinearAttentionConfig, LinearAttentionForCausalLM
 PEAK_FLOPS = 989e12
 
 
-def model(parameters):
+def model(parameters, loss):
     config = LinearAttentionConfig(
         hidden_size=2048, num_hidden_layers=16, num_heads=16, intermediate_size=8192, vocab_size=128256,
-        attn_mode="chunk", feature_map="identity", tie_word_embeddings=True, fuse_cross_entropy=False,
-        fuse_linear_cross_entropy=True, use_cache=False,
+        attn_mode="chunk", feature_map="identity", tie_word_embeddings=True, fuse_cross_entropy=loss == "fused",
+        fuse_linear_cross_entropy=loss == "linear", use_cache=False,
     )
     torch.set_default_dtype(getattr(torch, parameters))
     with torch.device("cuda"):
@@ -41,9 +41,11 @@ def main():
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--parameters", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--loss", choices=["fused", "linear"], default="fused",
+                        help="cross-entropy of all logits, which is FLA's default; or with the projection, in chunks")
     options = parser.parse_args()
     torch.manual_seed(0)
-    network = model(options.parameters)
+    network = model(options.parameters, options.loss)
     count = sum(p.numel() for p in network.parameters())
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     times, first = [], None
@@ -65,7 +67,7 @@ def main():
     rate = options.tokens / step
     print(json.dumps({
         "peer": "fla LinearAttentionForCausalLM", "parameters": count, "parameter_dtype": options.parameters,
-        "tokens": options.tokens, "step_ms": 1e3 * step, "tokens_per_s": rate, "mfu": 6 * count * rate / PEAK_FLOPS,
+        "loss_by": options.loss, "tokens": options.tokens, "step_ms": 1e3 * step, "tokens_per_s": rate, "mfu": 6 * count * rate / PEAK_FLOPS,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "first_step_s": first, "loss": loss.item(),
         "gpu": torch.cuda.get_device_name(), "fla": fla.__version__, "torch": torch.__version__, "triton": triton.__version__,
     }))

@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
 use benches::overlap::Overlap;
@@ -23,8 +23,8 @@ const NETWORK: &str = "node=1,intra=3ms/682KB/s,inter=3ms/682KB/s";
 /// Intra-rank work, slept through, so that eight ranks need no eight cores.
 const WORK: Duration = Duration::from_millis(3);
 
-/// Seconds of the slowest rank for one scan over states beside some intra-rank work; the least of some, as what else has the
-/// cores only adds.
+/// Seconds from the first rank's start to the last one's end of one scan over states beside some intra-rank work; the least of
+/// some, as what else has the cores only adds.
 fn scan(name: &str, ranks: usize) -> f64 {
     let network: Network = NETWORK.parse().unwrap();
     let times = local::run_on(Some(&network), ranks, |world| -> Result<Vec<f64>> {
@@ -37,13 +37,14 @@ fn scan(name: &str, ranks: usize) -> f64 {
         let mut times = Vec::new();
         for _ in 0..9 {
             world.barrier()?.wait()?;
-            let start = Instant::now();
+            let start = world.recorder().now();
             let known = Known::All(chain.links.iter().map(|_| Transition::Identity).collect());
             let scanned = scan.forward(&world, &chain, vec![summary()], known)?;
             thread::sleep(WORK);
             scanned.wait()??;
-            let all = world.all_reduce(&Tensor::from_slice(&[start.elapsed().as_secs_f64()]), Reduce::Max)?.wait()?;
-            times.push(all.double_value(&[0]));
+            let ends = Tensor::from_slice(&[world.recorder().now() as i64, -(start as i64)]);
+            let ends = world.all_reduce(&ends, Reduce::Max)?.wait()?;
+            times.push(ends.sum(Kind::Int64).int64_value(&[]) as f64 / 1e9);
         }
         Ok(times)
     });

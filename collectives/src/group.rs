@@ -156,6 +156,23 @@ impl Group {
         self.tensor(self.call(Op::AllReduce(op), x)?, Some(x))
     }
 
+    /// [`Group::all_reduce`] into `x` itself, contiguous, which must be neither read nor written to before `wait` has returned.
+    /// On GPUs without other memory, but for bf16, whose sums are rounded once.
+    pub fn all_reduce_in_place(&self, x: &Tensor, op: Reduce) -> Result<Pending<()>> {
+        let call = self.call(Op::AllReduce(op), x)?;
+        let mut x = x.f_detach()?;
+        let reduced = match &self.lanes {
+            Some(lanes) if x.device().is_cuda() && x.is_contiguous() => lanes.issue_in_place(call, &x)?,
+            _ => self.tensor(call, Some(&x))?,
+        };
+        Ok(reduced.map(move |reduced| {
+            if reduced.data_ptr() != x.data_ptr() {
+                x.f_copy_(&reduced)?;
+            }
+            Ok(())
+        }))
+    }
+
     /// `x`: `[W, ..]`. Gives `[W, ..]`: slice r came from rank r, where it was slice `rank`.
     pub fn all_to_all(&self, x: &Tensor) -> Result<Pending<Tensor>> {
         let call = self.call(Op::AllToAll, x)?;

@@ -10,7 +10,8 @@ use crate::{
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, OnceLock, Weak},
-    time::Instant,
+    thread,
+    time::{Duration, Instant},
 };
 
 const KEPT: usize = 4096;
@@ -71,6 +72,9 @@ pub struct Totals {
     pub bytes_received: u64,
     pub exposed_ns: u64,
 }
+
+/// How often [`Recorder::settle`] looks.
+const LOOK: Duration = Duration::from_micros(20);
 
 /// Records one rank's communication and computation; clones share the record.
 #[derive(Clone, Default)]
@@ -139,10 +143,16 @@ impl Recorder {
         PlaceGuard { recorder: self.clone(), before }
     }
 
-    /// Blocks until what was issued on a GPU has ended and is recorded: till then spans and totals may lack it.
+    /// Blocks until all that was issued has ended and is recorded: till then spans and totals may lack what nobody waits for.
     pub fn settle(&self) {
-        if let Some(gpu) = self.gpu() {
-            gpu.settle();
+        if let Some(gpu) = self.gpu()
+            && !gpu.settle()
+        {
+            return;
+        }
+        let under_way = || lock(&self.0).comm.iter().any(|e| matches!(e.stage, Stage::Queued | Stage::Running));
+        while under_way() {
+            thread::sleep(LOOK);
         }
     }
 

@@ -60,7 +60,7 @@ fn gradients(config: &Config, how: How) -> (Tensor, Tensor) {
         let rope = config.model.rope_base;
         let mut context = Context::new(shard, config.model.head_dim(), rope, how.kind, how.device)?;
         context.fused = how.fused;
-        let loss = model.loss(&model.forward(&context, &tokens, how.checkpoint)?, &labels)?;
+        let loss = model.loss(&model.forward(&context, &tokens, how.checkpoint, None)?, &labels)?;
         kernels::bridge::backward(&loss, &loss.ones_like())?;
         Ok((loss.detach(), grad))
     });

@@ -237,12 +237,13 @@ impl Gpu {
         self.changed.notify_all();
     }
 
-    /// Blocks until all that was issued has ended and has been recorded.
-    pub(crate) fn settle(&self) {
+    /// Blocks until all that was issued has ended and has been recorded. `false`: something failed.
+    pub(crate) fn settle(&self) -> bool {
         let mut state = lock(&self.state);
         while !state.is_idle() && self.failed.get().is_none() {
             state = self.changed.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner).0;
         }
+        self.failed.get().is_none()
     }
 
     /// Ends the job: tells the user, and should that return, unblocks what waits.

@@ -87,7 +87,7 @@ pub enum Check {
 /// Whether short gathers among the processes of one machine go by copies between their memories: see `peers.rs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerCopies {
-    /// Up to the size to which they are quicker than NCCL, measured when a group's communicator is made.
+    /// Up to the size to which they are quicker than NCCL beside other work, measured when a group's communicator is made.
     Measured,
     /// Up to 1 MiB a rank, wherever the driver allows them.
     Always,
@@ -192,6 +192,21 @@ impl Lanes {
 
     /// `input`: detached, on the GPU; absent for `recv`.
     pub(crate) fn issue(self: &Arc<Lanes>, call: Call, input: Option<Tensor>) -> Result<Pending<Tensor>> {
+        self.issue_into(call, input, None)
+    }
+
+    /// An AllReduce whose result is `x`, detached and contiguous, unless its sums need a wider kind.
+    pub(crate) fn issue_in_place(self: &Arc<Lanes>, call: Call, x: &Tensor) -> Result<Pending<Tensor>> {
+        self.issue_into(call, Some(x.shallow_clone()), Some(x.shallow_clone()))
+    }
+
+    /// `place`: where the result may go.
+    fn issue_into(
+        self: &Arc<Lanes>,
+        call: Call,
+        input: Option<Tensor>,
+        place: Option<Tensor>,
+    ) -> Result<Pending<Tensor>> {
         if let Some(error) = self.gpu.failure() {
             return Err(error);
         }
@@ -225,7 +240,10 @@ impl Lanes {
         // bf16 sums are rounded once.
         let sums = matches!(call.op, Op::ReduceScatter | Op::ReduceScatterV | Op::AllReduce(Reduce::Sum));
         let wide = if sums && call.kind == Kind::BFloat16 { Kind::Float } else { call.kind };
-        let out = Tensor::f_empty(shape(&call, rank, size), (wide, device))?;
+        let out = match place {
+            Some(place) if wide == call.kind => place,
+            _ => Tensor::f_empty(shape(&call, rank, size), (wide, device))?,
+        };
         let x = match (&input, call.op) {
             // Its sender may write to it at once.
             (Some(x), Op::Send { .. }) => copy(x)?,

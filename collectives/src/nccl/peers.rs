@@ -29,6 +29,9 @@ const NUMBERS: usize = 4096;
 /// Sizes of a rank's part that are measured.
 const MEASURED: [usize; 3] = [16 << 10, 128 << 10, LONGEST];
 const ROUNDS: usize = 10;
+/// Beside products of such matrices, in bf16: 0.2 ms each on an H100, and as many as outlast the gathers that are timed.
+const BUSY: [i64; 2] = [4096, 4096];
+const BUSY_PRODUCTS: usize = 24;
 
 pub(super) struct Peers {
     rank: usize,
@@ -118,17 +121,18 @@ impl Peers {
         Ok(())
     }
 
-    /// The largest size up to which this is quicker than NCCL, on the slowest rank.
+    /// The largest size up to which this is quicker than NCCL, on the slowest rank, while all multiprocessors are at work: a
+    /// gather is there to run beside a layer, and NCCL's kernel waits until blocks of the layer's have ended.
     fn measure(&self, meeting: &Meeting) -> Result<usize> {
+        let device = Device::Cuda(meeting.context.index);
+        let matrix = Tensor::f_zeros(BUSY, (Kind::BFloat16, device))?;
         let mut longest = 0;
         for bytes in MEASURED {
-            let device = Device::Cuda(meeting.context.index);
             let x = Tensor::f_zeros([bytes as i64 / 4], (Kind::Float, device))?;
             let out = Tensor::f_empty([self.boxes.len() as i64, bytes as i64 / 4], (Kind::Float, device))?;
             let on = Buffers { x: &x, out: &out, stream: meeting.stream };
-            meeting.follow()?;
-            let ours = meeting.time(&|| self.all_gather(&on))?;
-            let theirs = meeting.time(&|| meeting.comm.all_gather(&on))?;
+            let ours = meeting.time(&matrix, &|| self.all_gather(&on))?;
+            let theirs = meeting.time(&matrix, &|| meeting.comm.all_gather(&on))?;
             if ours > theirs {
                 break;
             }
@@ -174,8 +178,12 @@ impl Meeting<'_> {
         Ok(out.f_to_device(Device::Cpu)?.f_double_value(&[0])?)
     }
 
-    /// Nanoseconds of one of several in a row, on the slowest rank.
-    fn time(&self, once: &dyn Fn() -> Result<()>) -> Result<f64> {
+    /// Nanoseconds of one of several in a row, beside products of a matrix, on the slowest rank.
+    fn time(&self, matrix: &Tensor, once: &dyn Fn() -> Result<()>) -> Result<f64> {
+        self.follow()?;
+        for _ in 0..BUSY_PRODUCTS {
+            let _product = matrix.f_matmul(matrix)?;
+        }
         for _ in 0..3 {
             once()?;
         }

@@ -26,6 +26,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("equal_shapes", moves::equal_shapes),
     ("uneven_rows", moves::uneven_rows),
     ("reductions_add_in_rank_order", moves::reductions_add_in_rank_order),
+    ("reductions_in_place", moves::reductions_in_place),
     ("views_and_tracked_inputs", moves::views_and_tracked_inputs),
     ("splits", moves::splits),
     ("meshes", moves::meshes),

@@ -116,6 +116,24 @@ fn in_an_order_of_its_own(world: &Group, all: &[Tensor]) -> Result<()> {
     Ok(())
 }
 
+/// The numbers of an AllReduce that has a place of its own, for parts of a tensor, of which the others stay as they are.
+pub fn reductions_in_place(world: &Group) -> Result<()> {
+    for kind in KINDS {
+        for (from, n) in [(0i64, 7i64), (5, 30_011), (3, 0)] {
+            let x = numbers(world.rank(), &[n + 9], kind);
+            let expected = x.copy();
+            expected.narrow(0, from, n).copy_(&world.all_reduce(&x.narrow(0, from, n), Reduce::Sum)?.wait()?);
+            world.all_reduce_in_place(&x.narrow(0, from, n), Reduce::Sum)?.wait()?;
+            assert_same(&x, &expected);
+        }
+        let scattered = numbers(world.rank(), &[4, 6], kind).transpose(0, 1);
+        let expected = world.all_reduce(&scattered, Reduce::Max)?.wait()?;
+        world.all_reduce_in_place(&scattered, Reduce::Max)?.wait()?;
+        assert_same(&scattered, &expected);
+    }
+    Ok(())
+}
+
 pub fn views_and_tracked_inputs(world: &Group) -> Result<()> {
     let (rank, w) = (world.rank(), world.size());
     let of = |r: usize| numbers(r, &[6, 4], Kind::Float);

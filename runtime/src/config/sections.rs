@@ -174,6 +174,8 @@ pub struct ParallelConfig {
     /// The machine that "auto" decides for: a preset of `lasp simulate`, or a file that `lasp calibrate` wrote. Default "":
     /// machine.toml if there is one, else a preset.
     pub machine: String,
+    /// The gradient is summed over ranks while backward goes on, in messages of whole layers of at least so many MiB. Default 64.
+    pub gradient_bucket_mib: u64,
 }
 
 impl Default for ParallelConfig {
@@ -185,6 +187,7 @@ impl Default for ParallelConfig {
             linear_method: "lasp2".to_owned(),
             softmax_method: "lasp2h".to_owned(),
             machine: String::new(),
+            gradient_bucket_mib: 64,
         }
     }
 }

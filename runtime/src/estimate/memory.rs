@@ -34,7 +34,7 @@ pub struct Memory {
     pub gathers: i64,
     /// One chunk of logits, and the gradient of the output projection.
     pub loss: i64,
-    /// What AdamW computes with, and the gradient summed over ranks.
+    /// What AdamW computes with, and on CPUs the gradient summed over ranks.
     pub update: i64,
     /// The most at any time.
     pub total: i64,
@@ -54,7 +54,8 @@ pub struct Activations {
 pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memory {
     let (p, gpu) = (parameters.total, gpu(config));
     let ranks = config.parallel.sp * config.parallel.dp;
-    let reduced = i64::from(ranks > 1);
+    // On a GPU the sum over ranks takes the place of what is summed.
+    let reduced = i64::from(ranks > 1 && !gpu);
     // As in `train::step`: nothing is added to the gradient of one backward.
     let one_backward = ranks == 1 && config.train.batch <= config.train.micro_batch;
     let gradient = if gpu && one_backward { s.width } else { s.wide };

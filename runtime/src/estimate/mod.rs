@@ -120,7 +120,7 @@ pub fn estimate(config: &Config) -> sequence::Result<Estimate> {
         },
         shapes: shapes(config, &sizes),
         memory: memory::count(config, &sizes, &parameters),
-        traffic: traffic::count(config, &sizes, &Plan::new(layout, None, sizes.rank)?, &parameters)?,
+        traffic: traffic::count(config, &sizes, &Plan::new(layout, None, sizes.rank)?)?,
         flops: flops::count(config, &sizes, &parameters),
         parameters,
     })
@@ -130,7 +130,7 @@ pub fn estimate(config: &Config) -> sequence::Result<Estimate> {
 pub fn traffic_of(config: &Config, rank: usize) -> sequence::Result<Traffic> {
     let layout = Layout::new(config.parallel.layout, config.train.seq_len as i64, config.parallel.sp)?;
     let sizes = Sizes::new(config, &layout);
-    traffic::count(config, &sizes, &Plan::new(layout, None, rank)?, &Parameters::count(&config.model))
+    traffic::count(config, &sizes, &Plan::new(layout, None, rank)?)
 }
 
 /// The traffic of the rank of the sp axis that moves the most bytes, the first of equals.

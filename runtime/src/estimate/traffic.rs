@@ -3,14 +3,15 @@
 
 use serde::Serialize;
 
-use super::{Parameters, Sizes};
+use super::Sizes;
 use crate::config::{Config, LayerKind};
 use crate::model::constant_log_decay;
 use crate::sequence::scan::{DecayForm, Reach};
 use crate::sequence::{self, Count, LayerSizes, Messages, Plan, method};
+use crate::train::gradients;
 
-/// What `train` sums beside the gradient: loss, labels, the time waited, whether time is up.
-const NUMBERS: i64 = 4;
+/// What `train` sums beside the gradient and the loss: labels, the time waited, whether time is up.
+const NUMBERS: i64 = 3;
 
 /// All messages of a step, and their sums.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -62,7 +63,7 @@ impl Sum {
 }
 
 /// `plan`: of one document.
-pub(super) fn count(config: &Config, s: &Sizes, plan: &Plan, parameters: &Parameters) -> sequence::Result<Traffic> {
+pub(super) fn count(config: &Config, s: &Sizes, plan: &Plan) -> sequence::Result<Traffic> {
     let forwards = s.passes * if config.train.activation_checkpointing { 2 } else { 1 };
     let mut messages = Vec::new();
     for (kind, place, places) in
@@ -84,9 +85,12 @@ pub(super) fn count(config: &Config, s: &Sizes, plan: &Plan, parameters: &Parame
     }
     let world = (config.parallel.sp * config.parallel.dp) as i64;
     if world > 1 {
+        let buckets = gradients::buckets(config).into_iter();
+        let gradient = buckets.map(|bucket| all_reduce(bucket.range.end - bucket.range.start, s.wide, world));
         for (what, each) in [
-            ("gradient", all_reduce(parameters.total, s.wide, world)),
-            ("loss and counts", all_reduce(NUMBERS, 8, world)),
+            ("gradient", gradient.fold(Sum::default(), plus)),
+            ("loss", all_reduce(1, 8, world)),
+            ("counts", all_reduce(NUMBERS, 8, world)),
         ] {
             messages.push(Message {
                 place: "step",

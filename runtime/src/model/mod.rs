@@ -13,6 +13,8 @@ pub mod loss;
 mod params;
 mod softmax_layer;
 
+use std::sync::Arc;
+
 use tch::{Device, Kind, Tensor};
 
 pub use block::Block;
@@ -26,6 +28,9 @@ use crate::config::{LayerKind, ModelConfig};
 use crate::sequence;
 
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Called in backward with the number of a layer when the gradients of its parameters, and of all layers behind it, are complete.
+pub type LayerDone = Arc<dyn Fn(usize) -> kernels::Result<()> + Send + Sync>;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -84,9 +89,18 @@ impl Model {
     /// tokens `[B, T]`, this rank's, in local order -> hidden states after the last norm, `[B, T, D]`.
     ///
     /// `checkpoint`: whether blocks compute their activations again in backward instead of keeping them.
-    pub fn forward(&self, context: &Context, tokens: &Tensor, checkpoint: bool) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        context: &Context,
+        tokens: &Tensor,
+        checkpoint: bool,
+        done: Option<&LayerDone>,
+    ) -> Result<Tensor> {
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
-        for block in &self.blocks {
+        for (layer, block) in self.blocks.iter().enumerate() {
+            if let Some(done) = done {
+                x = announced(&x, layer, done)?;
+            }
             x = if checkpoint && tch::Tensor::requires_grad(&x) {
                 let (block, context) = (block.shallow_clone(), context.shallow_clone());
                 kernels::bridge::checkpoint(&x, move |x| {
@@ -129,6 +143,21 @@ impl Model {
     pub fn caches(&self) -> Vec<Cache> {
         self.blocks.iter().map(Block::cache).collect()
     }
+}
+
+/// x, the input of a layer. Backward comes here when it has been through the layer: what adds to the gradients of parameters goes
+/// before everything else that could run.
+fn announced(x: &Tensor, layer: usize, done: &LayerDone) -> Result<Tensor> {
+    let same = {
+        let _guard = tch::no_grad_guard();
+        x.f_detach()?
+    };
+    let done = done.clone();
+    kernels::bridge::attach(&[x], &[&same], move |grads: Vec<Option<Tensor>>| {
+        done(layer)?;
+        Ok(grads)
+    })?;
+    Ok(same)
 }
 
 /// What one layer remembers while decoding: a state of constant size, or all keys and values.

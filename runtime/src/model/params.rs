@@ -35,6 +35,11 @@ impl Spec {
     pub fn numel(&self) -> i64 {
         self.shape.iter().product()
     }
+
+    /// The layer that it belongs to.
+    pub fn layer(&self) -> Option<usize> {
+        self.name.strip_prefix("layers.")?.split('.').next()?.parse().ok()
+    }
 }
 
 struct Entry {

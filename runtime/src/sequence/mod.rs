@@ -66,6 +66,8 @@ pub struct Shard {
 pub enum Place {
     Forward(LayerKind),
     Backward(LayerKind),
+    /// The sum of the gradient over ranks.
+    Gradient,
 }
 
 impl Place {
@@ -75,6 +77,7 @@ impl Place {
             Place::Backward(LayerKind::Linear) => "linear layer, backward",
             Place::Forward(LayerKind::Softmax) => "softmax layer, forward",
             Place::Backward(LayerKind::Softmax) => "softmax layer, backward",
+            Place::Gradient => "gradient",
         }
     }
 }

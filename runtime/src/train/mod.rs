@@ -3,6 +3,7 @@
 //! The losses are a function of (configuration, seed) alone: how many ranks share a sequence, and whether they are threads
 //! or processes, changes nothing but rounding.
 
+pub(crate) mod gradients;
 pub mod mfu;
 pub mod optimizer;
 mod run_folder;
@@ -152,8 +153,8 @@ impl Life {
             if (steps == TRACED.end || done == train.steps || step.out_of_time)
                 && let Some(trace) = self.tracing.take()
             {
-                let exposed = trace.end(&self.trainer)?;
-                self.on_rank_zero(|folder, _| folder.traced(&exposed))?;
+                let (layers, gradient_us) = trace.end(&self.trainer)?;
+                self.on_rank_zero(|folder, _| folder.traced(&layers, gradient_us))?;
             }
             if steps == 1 {
                 let seconds = self.options.started.elapsed().as_secs_f64();

@@ -87,8 +87,8 @@ impl RunFolder {
         Ok(())
     }
 
-    pub fn traced(&self, exposed: &[Exposed]) -> Result<()> {
-        for Exposed { kind, forward_us, backward_us } in exposed {
+    pub fn traced(&self, layers: &[Exposed], gradient_us: f64) -> Result<()> {
+        for Exposed { kind, forward_us, backward_us } in layers {
             let name = match kind {
                 LayerKind::Linear => "linear",
                 LayerKind::Softmax => "softmax",
@@ -96,6 +96,9 @@ impl RunFolder {
             self.say(|| {
                 format!("{name} layers: exposed {forward_us:.0} us a layer forward, {backward_us:.0} us backward")
             });
+        }
+        if self.config.parallel.sp * self.config.parallel.dp > 1 {
+            self.say(|| format!("gradient: exposed {gradient_us:.0} us a step"));
         }
         Ok(())
     }

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use collectives::{Mesh, Reduce};
 use tch::{Device, Kind, Tensor};
 
+use super::gradients::{self, Bucket, Summing};
 use super::optimizer::AdamW;
 use super::schedule::learning_rate;
 use super::{Error, Result, sum};
 use crate::checkpoint::{Loaded, TrainState};
 use crate::config::{Config, LayoutKind};
 use crate::data::{IGNORE_INDEX, Sequence, Source};
-use crate::model::{Context, Model};
+use crate::model::{Context, LayerDone, Model};
 use crate::sequence::attention::Attention;
 use crate::sequence::{Layout, LinearMethod, Plan, Shard, method};
 
@@ -30,6 +31,10 @@ pub struct Trainer {
     device: Device,
     /// `[P]`: where backward adds up gradients.
     grad: Tensor,
+    /// How they are summed over ranks.
+    buckets: Vec<Bucket>,
+    /// For how long the last step waited for communication after it had said for how long, in nanoseconds.
+    untold: u64,
     /// The coming step and its first micro-batch, made ready while a GPU still computed the last step.
     next: Option<(u64, Batch)>,
 }
@@ -51,7 +56,8 @@ pub struct StepOutcome {
     /// Before clipping.
     pub grad_norm: f64,
     pub lr: f64,
-    /// How long a rank waited for communication, mean over ranks, in milliseconds.
+    /// How long a rank waited for communication, mean over ranks, in milliseconds. Of what a step waits for at its end, on a GPU of
+    /// all that is then still to come, the next step tells.
     pub exposed_ms: f64,
     /// Rank 0 said before this step that the time is up.
     pub out_of_time: bool,
@@ -75,6 +81,7 @@ impl Trainer {
         let grad_kind = if device.is_cuda() && !adds_up { kind } else { optimizer.kind() };
         let grad = Tensor::f_zeros([model.params.numel()], (grad_kind, device))?;
         model.params.share_grads(&grad)?;
+        let buckets = gradients::buckets(&config);
         Ok(Self {
             mesh,
             config,
@@ -87,6 +94,8 @@ impl Trainer {
             attention,
             device,
             grad,
+            buckets,
+            untold: 0,
             next: None,
         })
     }
@@ -112,39 +121,42 @@ impl Trainer {
     /// On a GPU a rank alone waits for nothing before the end, where the loss is read.
     pub fn step(&mut self, out_of_time: bool) -> Result<StepOutcome> {
         let (step, train) = (self.steps_done + 1, self.config.train.clone());
-        let waited = self.mesh.world.recorder().totals().exposed_ns;
+        let world = self.mesh.world.clone();
+        let exposed = || world.recorder().totals().exposed_ns;
+        let waited = exposed();
         let expected = (train.batch * train.seq_len) as f64;
 
         // Gradients of the sum of all losses, over the number of labels that a step normally has.
         let _ = self.grad.f_zero_()?;
-        let mut grad = self.grad.shallow_clone();
         let mut loss_sum = Tensor::f_zeros([], (Kind::Double, self.device))?;
         let mut labels = 0.0;
         let mut ready = self.next.take().filter(|(of, _)| *of == step).map(|(_, batch)| batch);
-        for at in 0..train.batch / self.mesh.dp.size() / train.micro_batch {
+        let summing = (world.size() > 1).then(|| Summing::new(&world, &self.grad, self.buckets.clone()));
+        let passes = train.batch / self.mesh.dp.size() / train.micro_batch;
+        for at in 0..passes {
             // A GPU still computes the micro-batch before.
             let batch = ready.take().map_or_else(|| self.micro_batch(step, at), Ok)?;
-            let (loss, counted) = (self.loss(&batch, train.activation_checkpointing)?, batch.counted);
+            let done = summing.as_ref().filter(|_| at + 1 == passes).map(Summing::follows);
+            let loss = self.loss(&batch, train.activation_checkpointing, done.as_ref())?;
+            let counted = batch.counted;
             let seed = loss.f_ones_like()?.f_mul_scalar(1.0 / expected)?;
             kernels::bridge::backward(&loss, &seed)?;
             let _ = loss_sum.f_add_(&loss.f_detach()?)?;
             labels += counted;
         }
 
-        let (mut out_of_time, mut exposed_ms) = (out_of_time, 0.0);
-        let world = &self.mesh.world;
-        if world.size() > 1 {
-            let summed = world.all_reduce(&grad, Reduce::Sum)?;
-            let waited_ms = (world.recorder().totals().exposed_ns - waited) as f64 / 1e6;
-            let mine = [loss_sum.double_value(&[]), labels, waited_ms, f64::from(u8::from(out_of_time))];
-            let all = sum(world, &mine)?;
-            let before_sum = std::time::Instant::now();
-            grad = summed.wait()?;
-            exposed_ms = all[2] / world.size() as f64 + before_sum.elapsed().as_secs_f64() * 1e3;
-            (loss_sum, labels, out_of_time) = (Tensor::from(all[0]), all[1], all[3] > 0.0);
+        let (mut out_of_time, mut exposed_ms, told) = (out_of_time, 0.0, exposed());
+        if let Some(summing) = summing {
+            // What hosts know meets on hosts, while GPUs are in backward; the loss meets on them.
+            let waited_ms = (told - waited + self.untold) as f64 / 1e6;
+            let all = sum(&world, &[labels, waited_ms, f64::from(u8::from(out_of_time))])?;
+            (labels, exposed_ms, out_of_time) = (all[0], all[1] / world.size() as f64, all[2] > 0.0);
+            summing.finish()?;
+            world.all_reduce_in_place(&loss_sum, Reduce::Sum)?.wait()?;
         }
         let lr = learning_rate(&self.config.optimizer, step, train.steps);
         let scale = expected / labels;
+        let mut grad = self.grad.shallow_clone();
         let norm = self.optimizer.update(&mut self.model.params, &mut grad, scale, lr, step)?;
         self.steps_done = step;
         if step < train.steps {
@@ -152,6 +164,7 @@ impl Trainer {
         }
         let numbers = [loss_sum.f_to_device(norm.device())?, norm.f_to_kind(Kind::Double)?];
         let numbers = Vec::<f64>::try_from(Tensor::f_stack(&numbers, 0)?)?;
+        self.untold = exposed() - told;
         let (loss, grad_norm) = (numbers[0] / labels, numbers[1]);
         finite(step, "training loss", loss)?;
         finite(step, "norm of the gradient", grad_norm)?;
@@ -167,7 +180,7 @@ impl Trainer {
         let (mut loss_sum, mut labels) = (0.0, 0.0);
         for index in (0..count).skip(self.mesh.dp.rank()).step_by(self.mesh.dp.size()) {
             let batch = self.batch(&[validation.sequence(index)])?;
-            loss_sum += self.loss(&batch, false)?.double_value(&[]);
+            loss_sum += self.loss(&batch, false, None)?.double_value(&[]);
             labels += batch.counted;
         }
         let all = sum(&self.mesh.world, &[loss_sum, labels])?;
@@ -210,8 +223,8 @@ impl Trainer {
     }
 
     /// The sum of the losses of a batch.
-    fn loss(&self, batch: &Batch, checkpoint: bool) -> Result<Tensor> {
-        let hidden = self.model.forward(&batch.context, &batch.tokens, checkpoint)?;
+    fn loss(&self, batch: &Batch, checkpoint: bool, done: Option<&LayerDone>) -> Result<Tensor> {
+        let hidden = self.model.forward(&batch.context, &batch.tokens, checkpoint, done)?;
         Ok(self.model.loss(&hidden, &batch.labels)?)
     }
 

@@ -56,8 +56,9 @@ impl Trace {
         self.step_from = now;
     }
 
-    /// Writes the trace. Collective over the world.
-    pub fn end(self, trainer: &Trainer) -> Result<Vec<Exposed>> {
+    /// Writes the trace. Gives what was exposed of the layers' communication, and of the sum of the gradient in a step, in
+    /// microseconds, mean over ranks. Collective over the world.
+    pub fn end(self, trainer: &Trainer) -> Result<(Vec<Exposed>, f64)> {
         self.recorder.settle();
         let mut trace = if self.profiled {
             kernels::bridge::profile_end(&self.path)?;
@@ -126,19 +127,16 @@ impl Trace {
     }
 
     /// The same on every rank.
-    fn exposed(&self, trainer: &Trainer) -> Result<Vec<Exposed>> {
+    fn exposed(&self, trainer: &Trainer) -> Result<(Vec<Exposed>, f64)> {
         let mut ns: BTreeMap<&str, u64> = BTreeMap::new();
         for span in self.messages() {
             *ns.entry(span.place).or_default() += span.exposed_ns;
         }
-        let mut numbers = Vec::new();
-        for kind in [LayerKind::Linear, LayerKind::Softmax] {
-            for place in [Place::Forward(kind), Place::Backward(kind)] {
-                numbers.push(ns.get(place.name()).copied().unwrap_or(0) as f64 / 1e3);
-            }
-        }
+        let layers = [LayerKind::Linear, LayerKind::Softmax].map(|kind| [Place::Forward(kind), Place::Backward(kind)]);
+        let places = layers.into_iter().flatten().chain([Place::Gradient]);
+        let us = |place: Place| ns.get(place.name()).copied().unwrap_or(0) as f64 / 1e3;
         let world = &trainer.mesh.world;
-        let all = sum(world, &numbers)?;
+        let all = sum(world, &places.map(us).collect::<Vec<_>>())?;
         let kinds = trainer.config.model.layer_kinds();
         let train = &trainer.config.train;
         let passes = (train.batch / trainer.mesh.dp.size()).div_ceil(train.micro_batch.max(1)) * self.steps.len();
@@ -147,7 +145,8 @@ impl Trace {
             let times = (layers * passes * world.size()) as f64;
             (layers > 0).then(|| Exposed { kind, forward_us: all[at] / times, backward_us: all[at + 1] / times })
         };
-        Ok([(0, LayerKind::Linear), (2, LayerKind::Softmax)].into_iter().filter_map(of).collect())
+        let layers = [(0, LayerKind::Linear), (2, LayerKind::Softmax)].into_iter().filter_map(of).collect();
+        Ok((layers, all[4] / (self.steps.len() * world.size()) as f64))
     }
 }
 

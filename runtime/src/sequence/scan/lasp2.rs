@@ -2,7 +2,7 @@
 //! W - 1 states received (2 (W - 1) on the zigzag layout), one dependent step, in forward and in backward. The gather may
 //! be cut into several messages, as in the paper's ablation: the same bytes in more pieces.
 
-use collectives::Group;
+use collectives::{Group, Pending};
 use tch::Tensor;
 
 use super::fold::prefixes;
@@ -34,6 +34,11 @@ impl Scan for Lasp2 {
         let row = Row::new(&mine[0], travelling);
         let rows = chain.held.iter().zip(&mine).map(|(&segment, state)| row.pack(state, transitions[segment].as_ref()));
         let gathered = gather(group, &rows.collect::<Result<Vec<_>>>()?, self.splits)?;
+        // Where nothing enters, as on the first rank of a sequence, nothing is waited for: only the others need the gather.
+        if travelling.is_none() && !chain.held.iter().any(|&segment| chain.links[segment].enters) {
+            drop(gathered);
+            return Ok(Pending::ready(Ok((chain.held.iter().map(|_| None).collect(), transitions))));
+        }
         let chain = chain.clone();
         let fold = move |gathered: Tensor| -> Result<(Entries, Transitions)> {
             let mut states = Vec::with_capacity(chain.owners.len());

@@ -76,7 +76,10 @@ pub(super) fn slice(transition: &Transition, rows: &Range<i64>) -> Result<Transi
 
 /// AllGather of each rank's rows, `[slots, ..]` -> `[W, slots, ..]`, in at most `splits` messages.
 pub(super) fn gather(group: &Group, rows: &[Tensor], splits: usize) -> Result<Pending<Tensor>> {
-    let mine = Tensor::f_stack(rows, 0)?;
+    let mine = match rows {
+        [row] => row.f_unsqueeze(0)?,
+        rows => Tensor::f_stack(rows, 0)?,
+    };
     if group.size() == 1 {
         return Ok(Pending::ready(mine.f_unsqueeze(0)?));
     }
