@@ -5,7 +5,7 @@
 use crate::{
     Error, Pending, Recorder, Reduce, Result,
     flight::{Awaited, Flight, awaited_in_flight},
-    nccl::Lanes,
+    nccl::{CopiesFound, Lanes},
     op::{Call, KINDS, MAX_DIMS, Op},
     pending::promise,
     progress::{Face, Job, Outcome, Queue, stopped},
@@ -90,10 +90,10 @@ impl Group {
         if device.is_cuda() && self.lanes.is_some() { "nccl" } else { self.backend() }
     }
 
-    /// How long a rank's part of an all_gather on GPUs may be, in bytes, to go by copies between the ranks' memories instead of
-    /// NCCL ([`crate::nccl::PeerCopies`]). Known once the group has done a collective on GPUs; 0 before, and where none does.
-    pub fn peer_copies_up_to(&self) -> usize {
-        self.lanes.as_ref().map_or(0, |lanes| lanes.copies_up_to())
+    /// Whether short all_gathers on GPUs go by copies between the ranks' memories instead of NCCL ([`crate::nccl::PeerCopies`]), and
+    /// why. Known once the group has done a collective on GPUs.
+    pub fn peer_copies(&self) -> CopiesFound {
+        self.lanes.as_ref().map(|lanes| lanes.peer_copies()).unwrap_or_default()
     }
 
     /// This rank's flight recorder, shared by all its groups.

@@ -105,7 +105,7 @@ fn measure(args: &Args, world: &Group, device: Device) -> Result<()> {
     if first && !args.json {
         output::print(&heading(args, world, device))?;
     }
-    let mut copies = 0;
+    let mut copies = None;
     let asked_for = |collective: &&Collective| args.ops.is_empty() || args.ops.iter().any(|op| op == collective.name);
     for collective in COLLECTIVES.iter().filter(asked_for) {
         for size in bench::sizes(args.min, args.max, args.factor) {
@@ -120,14 +120,12 @@ fn measure(args: &Args, world: &Group, device: Device) -> Result<()> {
                 if first {
                     output::print(&if args.json { line(args, &row) } else { cells(&row) })?;
                 }
-                copies = world.peer_copies_up_to();
+                copies = Some(world.peer_copies());
             }
         }
     }
-    if first && !args.json && copies > 0 {
-        output::print(&format!(
-            "all_gather up to {copies} bytes of a rank: by peer copies, measured quicker than NCCL\n"
-        ))?;
+    if let Some(copies) = copies.filter(|_| first && !args.json && device.is_cuda()) {
+        output::print(&format!("all_gather: {copies}\n"))?;
     }
     Ok(())
 }

@@ -236,11 +236,18 @@ fn a_gpu_keeps_less_than_plain_tensor_code() {
     let parameters = gpu.weights / 2;
     assert_eq!((gpu.optimizer, cpu.optimizer), (10 * parameters, 12 * parameters));
     assert_eq!((gpu.gradients, cpu.gradients), (2 * parameters, 4 * parameters));
-    // Where the gradients of several passes or ranks add up, in f32.
+    // Where the gradients of several passes add up, in f32.
     assert_eq!(of(&["train.batch=2"], 1).gradients, 4 * parameters);
-    assert_eq!(of(&[], 2).gradients, 4 * parameters);
+    assert_eq!(of(&["parallel.dp=2", "train.batch=4"], 2).gradients, 4 * parameters);
+    assert_eq!(
+        (of(&[], 2).gradients, of(&["parallel.dp=2", "train.batch=2"], 2).gradients),
+        (2 * parameters, 2 * parameters)
+    );
     assert!(gpu.activations.without_checkpointing < cpu.activations.without_checkpointing);
-    assert_eq!((gpu.update, of(&[], 2).update), (0, 4 * parameters));
+    // GPUs sum in place, but for sums of bf16 that would be rounded more than once.
+    assert_eq!((gpu.update, of(&[], 2).update), (0, 0));
+    assert!((1..4 * parameters).contains(&of(&[], 4).update));
+    assert_eq!(of(&["train.device=cpu"], 2).update - cpu.update, 4 * parameters);
     // The kernels for linear layers, and the states that they keep, are not for f64.
     let [narrow, wide] = ["train.dtype=f32", "train.dtype=f64"].map(|dtype| of(&[dtype], 1).activations.linear_layer);
     assert!(wide < 2 * narrow, "{wide} in f64, {narrow} in f32");

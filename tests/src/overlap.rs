@@ -10,7 +10,7 @@ use kernels::linear::chunkwise::Chunkwise;
 use runtime::config::LayoutKind;
 use runtime::sequence::scan::{Entries, Scan, Scanned, StateSize, Transitions};
 use runtime::sequence::{Chain, Layout, LinearMethod, Messages, Plan, Shard, linear, method};
-use tch::{Cuda, Kind, Tensor};
+use tch::{Cuda, Device, Kind, Tensor};
 
 const ROUNDS: usize = 5;
 
@@ -36,8 +36,12 @@ pub fn check(group: &Group) -> Result<()> {
     let mut hidden = [0, 0];
     for round in 0..unseen + ROUNDS {
         let (q, k, v, d_o) = (random(), random(), random(), random());
-        group.barrier()?.wait()?;
+        // GPUs begin together as hosts do.
+        if let Device::Cuda(gpu) = device {
+            Cuda::synchronize(gpu as i64);
+        }
         recorder.settle();
+        group.barrier()?.wait()?;
         recorder.clear();
         let forward = linear::forward(&shard, &mixer, Inputs::new(&q, &k, &v, None)?, None)?;
         group.barrier()?.wait()?;

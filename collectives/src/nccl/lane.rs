@@ -8,7 +8,7 @@ use super::{
     api::{Buffers, Comm},
     cuda::Stream,
     gpu::{Flight, Gpu},
-    peers::Peers,
+    peers::{CopiesFound, Peers},
 };
 use crate::{
     Error, Pending, Result,
@@ -33,10 +33,17 @@ pub(super) struct Lane {
     /// Of the group; it fixes the length of a header.
     ranks: usize,
     stream: Stream,
-    comm: OnceLock<(Comm, Option<Peers>)>,
+    made: OnceLock<Made>,
     /// For collectives: this rank's place in the group.
     all: Option<usize>,
     state: Mutex<State>,
+}
+
+/// A communicator, and its way for short gathers.
+struct Made {
+    comm: Comm,
+    peers: Option<Peers>,
+    found: CopiesFound,
 }
 
 struct State {
@@ -63,7 +70,7 @@ impl Lane {
     pub(super) fn new(gpu: &Arc<Gpu>, ranks: usize, all: Option<usize>, make: Make) -> Result<Arc<Lane>> {
         let stream = gpu.context.stream()?;
         let state = Mutex::new(State { make: Some(make), queue: VecDeque::new(), working: false });
-        let lane = Arc::new(Lane { gpu: gpu.clone(), ranks, stream, comm: OnceLock::new(), all, state });
+        let lane = Arc::new(Lane { gpu: gpu.clone(), ranks, stream, made: OnceLock::new(), all, state });
         gpu.watch_lane(&lane);
         Ok(lane)
     }
@@ -72,8 +79,8 @@ impl Lane {
     pub(super) fn issue(self: &Arc<Lane>, item: Item) -> Result<()> {
         self.gpu.watch_flight(item.flight.clone());
         let mut state = lock(&self.state);
-        if let (false, None, Some(comm)) = (state.working, &item.check, self.comm.get()) {
-            self.launch(comm, item);
+        if let (false, None, Some(made)) = (state.working, &item.check, self.made.get()) {
+            self.launch(made, item);
             return Ok(());
         }
         state.queue.push_back(item);
@@ -92,14 +99,14 @@ impl Lane {
         if let Some(make) = make {
             let made = self.gpu.context.enter().and_then(|_entered| {
                 let comm = make()?;
-                let peers = self.all.map_or(Ok(None), |rank| {
+                let (peers, found) = self.all.map_or(Ok((None, CopiesFound::default())), |rank| {
                     let wanted = self.gpu.options.peer_copies;
                     Peers::connect(&self.gpu.context, &comm, &self.stream, (rank, self.ranks), wanted)
                 })?;
-                Ok((comm, peers))
+                Ok(Made { comm, peers, found })
             });
             match made {
-                Ok(made) => drop(self.comm.set(made)),
+                Ok(made) => drop(self.made.set(made)),
                 Err(error) => {
                     let first = lock(&self.state).queue.front().map(|item| item.flight.about.clone());
                     if let Some(about) = first {
@@ -117,22 +124,22 @@ impl Lane {
                 };
                 item
             };
-            match self.comm.get() {
-                Some(comm) => self.agree_and_launch(comm, item),
+            match self.made.get() {
+                Some(made) => self.agree_and_launch(made, item),
                 None => item.flight.fail(None),
             }
         }
     }
 
-    fn agree_and_launch(&self, comm: &(Comm, Option<Peers>), mut item: Item) {
-        let Some(check) = item.check.take() else { return self.launch(comm, item) };
+    fn agree_and_launch(&self, made: &Made, mut item: Item) {
+        let Some(check) = item.check.take() else { return self.launch(made, item) };
         let brought = check.wait().and_then(|words| calls(&words, self.ranks));
         let compared = brought.and_then(|brought| {
             let agreed = agree_on(&brought, &item.call, &item.flight.about.group, item.rank);
             let Err(error) = agreed else { return Ok(true) };
             // What was sent must be taken, or nothing behind it could come.
             if let (Op::Recv { .. }, [sent]) = (item.call.op, brought.as_slice()) {
-                self.throw_away(&comm.0, sent)?;
+                self.throw_away(&made.comm, sent)?;
             }
             item.flight.fail(Some(error));
             Ok(false)
@@ -145,10 +152,10 @@ impl Lane {
                 return item.flight.fail(None);
             }
         }
-        self.launch(comm, item);
+        self.launch(made, item);
     }
 
-    fn launch(&self, (comm, peers): &(Comm, Option<Peers>), item: Item) {
+    fn launch(&self, Made { comm, peers, .. }: &Made, item: Item) {
         let flight = &item.flight;
         let launched = || {
             if let Some(error) = self.gpu.failure() {
@@ -183,24 +190,24 @@ impl Lane {
         self.stream.record()?.synchronize()
     }
 
-    pub(super) fn copies_up_to(&self) -> usize {
-        self.comm.get().and_then(|(_, peers)| peers.as_ref()).map_or(0, Peers::longest)
+    pub(super) fn peer_copies(&self) -> CopiesFound {
+        self.made.get().map(|made| made.found.clone()).unwrap_or_default()
     }
 
     pub(super) fn asynchronous_error(&self) -> Result<()> {
-        self.comm.get().map_or(Ok(()), |(comm, _)| comm.asynchronous_error())
+        self.made.get().map_or(Ok(()), |made| made.comm.asynchronous_error())
     }
 
     pub(super) fn abort(&self) {
-        if let Some((comm, _)) = self.comm.get() {
-            comm.abort();
+        if let Some(made) = self.made.get() {
+            made.comm.abort();
         }
     }
 }
 
 impl Drop for Lane {
     fn drop(&mut self) {
-        let Some((comm, _)) = self.comm.take() else { return };
+        let Some(Made { comm, .. }) = self.made.take() else { return };
         let context = self.gpu.context.clone();
         let (ended, has_ended) = mpsc::channel();
         let free = move || {

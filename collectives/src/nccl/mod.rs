@@ -29,6 +29,7 @@ mod peers;
 pub use api::{Library, Version};
 pub(crate) use cuda::Event;
 pub(crate) use gpu::Gpu;
+pub use peers::{CopiesFound, PeerCopyTime};
 
 use crate::{
     Error, Group, Kind, Pending, Reduce, Result, Tensor,
@@ -237,19 +238,22 @@ impl Lanes {
             _ => {}
         }
 
-        // bf16 sums are rounded once.
+        // bf16 sums are rounded once, as are NCCL's of two.
         let sums = matches!(call.op, Op::ReduceScatter | Op::ReduceScatterV | Op::AllReduce(Reduce::Sum));
-        let wide = if sums && call.kind == Kind::BFloat16 { Kind::Float } else { call.kind };
-        let out = match place {
-            Some(place) if wide == call.kind => place,
+        let wide = if sums && size > 2 && call.kind == Kind::BFloat16 { Kind::Float } else { call.kind };
+        let x = match (input, call.op) {
+            // Its sender may write to it at once.
+            (Some(x), Op::Send { .. }) => Some(copy(&x)?),
+            (Some(x), _) => Some(x.f_to_kind(wide)?.f_contiguous()?),
+            (None, _) => None,
+        };
+        let out = match (place, &x, call.op) {
+            (Some(place), ..) if wide == call.kind => place,
+            // A wider copy is nobody else's.
+            (_, Some(x), Op::AllReduce(_)) if wide != call.kind => x.shallow_clone(),
             _ => Tensor::f_empty(shape(&call, rank, size), (wide, device))?,
         };
-        let x = match (&input, call.op) {
-            // Its sender may write to it at once.
-            (Some(x), Op::Send { .. }) => copy(x)?,
-            (Some(x), _) => x.f_to_kind(wide)?.f_contiguous()?,
-            (None, _) => out.shallow_clone(),
-        };
+        let x = x.unwrap_or_else(|| out.shallow_clone());
         let ready = {
             let _entered = self.gpu.context.enter()?;
             self.gpu.context.current_stream()?.record()?
@@ -314,8 +318,8 @@ impl Lanes {
         Device::Cuda(self.gpu.context.index)
     }
 
-    pub(crate) fn copies_up_to(&self) -> usize {
-        lock(&self.state).collective.as_ref().map_or(0, |lane| lane.copies_up_to())
+    pub(crate) fn peer_copies(&self) -> CopiesFound {
+        lock(&self.state).collective.as_ref().map(|lane| lane.peer_copies()).unwrap_or_default()
     }
 
     fn about(&self, call: &Call) -> About {

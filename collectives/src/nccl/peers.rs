@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{Kind, Reduce, Result, Tensor};
 use std::{
-    fs, process,
+    fmt, fs, process,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -33,6 +33,39 @@ const ROUNDS: usize = 10;
 const BUSY: [i64; 2] = [4096, 4096];
 const BUSY_PRODUCTS: usize = 24;
 
+/// What decided whether short gathers of a group go by copies between its GPUs.
+#[derive(Debug, Clone, Default)]
+pub struct CopiesFound {
+    /// The longest part of a rank that does, in bytes; 0: none.
+    pub up_to: usize,
+    /// Why they could not even be measured.
+    pub refused: Option<&'static str>,
+    pub measured: Vec<PeerCopyTime>,
+}
+
+impl fmt::Display for CopiesFound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.refused, self.up_to) {
+            (Some(why), _) => write!(f, "by NCCL: {why}")?,
+            (None, 0) => write!(f, "by NCCL, which is quicker")?,
+            (None, longest) => write!(f, "of at most {longest} bytes a rank by copies between GPUs")?,
+        }
+        for PeerCopyTime { bytes, copies_us, nccl_us } in &self.measured {
+            write!(f, "; {bytes} bytes beside other work: copies {copies_us:.0} us, NCCL {nccl_us:.0} us")?;
+        }
+        Ok(())
+    }
+}
+
+/// A gather beside matrix products, on the slowest rank.
+#[derive(Debug, Clone, Copy)]
+pub struct PeerCopyTime {
+    /// Of a rank's part.
+    pub bytes: usize,
+    pub copies_us: f64,
+    pub nccl_us: f64,
+}
+
 pub(super) struct Peers {
     rank: usize,
     /// By rank, its own in its place.
@@ -47,16 +80,20 @@ const INTRODUCTION: usize = 4 + SHARED_WORDS;
 
 impl Peers {
     /// Collective over the communicator, of which this rank has the use alone. `None` where the ranks are not all processes of
-    /// one machine, where the driver refuses, or where NCCL is quicker. The caller has entered the context.
+    /// one machine, where the driver refuses, or where NCCL is quicker; and what was found. The caller has entered the context.
     pub(super) fn connect(
         context: &Arc<Context>,
         comm: &Comm,
         stream: &Stream,
         (rank, size): (usize, usize),
         wanted: PeerCopies,
-    ) -> Result<Option<Peers>> {
-        if wanted == PeerCopies::Never || !(2..=MOST_RANKS).contains(&size) {
-            return Ok(None);
+    ) -> Result<(Option<Peers>, CopiesFound)> {
+        let refused = |why| Ok((None, CopiesFound { refused: Some(why), ..CopiesFound::default() }));
+        if wanted == PeerCopies::Never {
+            return refused("they are not wanted");
+        }
+        if !(2..=MOST_RANKS).contains(&size) {
+            return refused("they are for 2 to 16 ranks");
         }
         let meeting = Meeting { context, comm, stream };
         let bytes = NUMBERS + 2 * size * LONGEST;
@@ -68,9 +105,12 @@ impl Peers {
         let met: Vec<&[i64]> = met.chunks(INTRODUCTION).collect();
         let together = met.iter().all(|other| other[0] == 1 && other[2..4] == met[0][2..4]);
         let apart = (0..size).all(|a| (0..a).all(|b| met[a][1] != met[b][1]));
-        let Ok((own, _)) = own else { return Ok(None) };
-        if !together || !apart {
-            return Ok(None);
+        let Ok((own, _)) = own else { return refused("the driver gives no memory to share") };
+        if !together {
+            return refused("not all ranks are on one machine, with memory to share");
+        }
+        if !apart {
+            return refused("some ranks are threads of one process");
         }
         let mut own = Some(own);
         let open = |peer: usize| match peer == rank {
@@ -82,17 +122,18 @@ impl Peers {
         };
         let boxes: Option<Vec<Memory>> = (0..size).map(open).collect();
         let all = meeting.smallest(f64::from(u8::from(boxes.is_some())))?;
-        let Some(boxes) = boxes.filter(|_| all == 1.0) else { return Ok(None) };
+        let Some(boxes) = boxes.filter(|_| all == 1.0) else {
+            return refused("the driver lets processes open no memory of each other");
+        };
         let mut peers = Peers { rank, boxes, gathers: AtomicU32::new(0), longest: LONGEST };
+        let mut measured = Vec::new();
         if wanted == PeerCopies::Measured {
-            peers.longest = peers.measure(&meeting)?;
+            measured = peers.measure(&meeting)?;
+            let quicker = measured.iter().take_while(|time| time.copies_us <= time.nccl_us);
+            peers.longest = quicker.last().map_or(0, |time| time.bytes);
         }
-        Ok((peers.longest > 0).then_some(peers))
-    }
-
-    /// In bytes of a rank's part.
-    pub(super) fn longest(&self) -> usize {
-        self.longest
+        let found = CopiesFound { up_to: peers.longest, refused: None, measured };
+        Ok(((peers.longest > 0).then_some(peers), found))
     }
 
     pub(super) fn can(&self, x: &Tensor) -> bool {
@@ -121,24 +162,21 @@ impl Peers {
         Ok(())
     }
 
-    /// The largest size up to which this is quicker than NCCL, on the slowest rank, while all multiprocessors are at work: a
-    /// gather is there to run beside a layer, and NCCL's kernel waits until blocks of the layer's have ended.
-    fn measure(&self, meeting: &Meeting) -> Result<usize> {
+    /// This against NCCL, while all multiprocessors are at work: a gather is there to run beside a layer, and NCCL's kernel waits
+    /// until blocks of the layer's have ended.
+    fn measure(&self, meeting: &Meeting) -> Result<Vec<PeerCopyTime>> {
         let device = Device::Cuda(meeting.context.index);
         let matrix = Tensor::f_zeros(BUSY, (Kind::BFloat16, device))?;
-        let mut longest = 0;
+        let mut times = Vec::new();
         for bytes in MEASURED {
             let x = Tensor::f_zeros([bytes as i64 / 4], (Kind::Float, device))?;
             let out = Tensor::f_empty([self.boxes.len() as i64, bytes as i64 / 4], (Kind::Float, device))?;
             let on = Buffers { x: &x, out: &out, stream: meeting.stream };
             let ours = meeting.time(&matrix, &|| self.all_gather(&on))?;
             let theirs = meeting.time(&matrix, &|| meeting.comm.all_gather(&on))?;
-            if ours > theirs {
-                break;
-            }
-            longest = bytes;
+            times.push(PeerCopyTime { bytes, copies_us: ours / 1e3, nccl_us: theirs / 1e3 });
         }
-        Ok(longest)
+        Ok(times)
     }
 }
 

@@ -174,7 +174,8 @@ pub struct ParallelConfig {
     /// The machine that "auto" decides for: a preset of `lasp simulate`, or a file that `lasp calibrate` wrote. Default "":
     /// machine.toml if there is one, else a preset.
     pub machine: String,
-    /// The gradient is summed over ranks while backward goes on, in messages of whole layers of at least so many MiB. Default 64.
+    /// The gradient is summed over ranks while backward goes on, in messages of whole layers of at least so many MiB
+    /// in f32. Default 64.
     pub gradient_bucket_mib: u64,
 }
 

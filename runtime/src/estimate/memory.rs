@@ -11,6 +11,7 @@ use crate::config::{Config, DataKind, DecayKind, DeviceKind, Dtype};
 use crate::model::{DECAY_RANK, loss};
 use crate::sequence::attention::Lasp2h;
 use crate::sequence::method;
+use crate::train::gradients;
 
 /// Multiprocessors of the largest such GPU: a state in f32 is kept for each, see [`states_inside`].
 const MULTIPROCESSORS: i64 = 132;
@@ -34,7 +35,7 @@ pub struct Memory {
     pub gathers: i64,
     /// One chunk of logits, and the gradient of the output projection.
     pub loss: i64,
-    /// What AdamW computes with, and on CPUs the gradient summed over ranks.
+    /// What AdamW computes with, and the sums of gradients over ranks that have no place of their own.
     pub update: i64,
     /// The most at any time.
     pub total: i64,
@@ -56,15 +57,16 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
     let ranks = config.parallel.sp * config.parallel.dp;
     // On a GPU the sum over ranks takes the place of what is summed.
     let reduced = i64::from(ranks > 1 && !gpu);
-    // As in `train::step`: nothing is added to the gradient of one backward.
-    let one_backward = ranks == 1 && config.train.batch <= config.train.micro_batch;
-    let gradient = if gpu && one_backward { s.width } else { s.wide };
+    let gradient = gradient_width(config, s);
     let fused_update = gpu && config.train.dtype == Dtype::Bf16;
     let master = match s.width < s.wide {
         true if fused_update => s.wide - s.width,
         true => s.wide,
         false => 0,
     };
+    // Sums of bf16 over more than two GPUs are wider, those of the largest bucket and the one before it.
+    let largest = || gradients::buckets(config).iter().map(|b| b.range.end - b.range.start).max().unwrap_or(0);
+    let widened = if gpu && ranks > 2 && gradient < s.wide { 2 * s.wide * largest() } else { 0 };
     // The square of the gradient, the root, the step.
     let steps = if fused_update { 0 } else { 3 * s.wide };
     let activations = activations(config, s);
@@ -76,7 +78,7 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
         operator: operator(config, s),
         gathers: gathers(config, s),
         loss: loss(config, s),
-        update: p * (steps + gradient * reduced),
+        update: p * (steps + gradient * reduced) + widened,
         activations,
         total: 0,
     };
@@ -88,6 +90,12 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
     let pass = kept + memory.loss.max(memory.operator + memory.gathers);
     memory.total = memory.weights + memory.gradients + memory.optimizer + pass.max(memory.update);
     memory
+}
+
+/// Bytes of a number of the gradient. As in `train::step`: a rank adds nothing to the gradient of its one backward.
+pub(super) fn gradient_width(config: &Config, s: &Sizes) -> i64 {
+    let one_backward = config.train.batch / config.parallel.dp.max(1) <= config.train.micro_batch;
+    if gpu(config) && one_backward { s.width } else { s.wide }
 }
 
 fn gpu(config: &Config) -> bool {

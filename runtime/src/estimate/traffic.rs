@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use super::Sizes;
+use super::{Sizes, memory};
 use crate::config::{Config, LayerKind};
 use crate::model::constant_log_decay;
 use crate::sequence::scan::{DecayForm, Reach};
@@ -85,8 +85,8 @@ pub(super) fn count(config: &Config, s: &Sizes, plan: &Plan) -> sequence::Result
     }
     let world = (config.parallel.sp * config.parallel.dp) as i64;
     if world > 1 {
-        let buckets = gradients::buckets(config).into_iter();
-        let gradient = buckets.map(|bucket| all_reduce(bucket.range.end - bucket.range.start, s.wide, world));
+        let (buckets, width) = (gradients::buckets(config).into_iter(), memory::gradient_width(config, s));
+        let gradient = buckets.map(|bucket| all_reduce(bucket.range.end - bucket.range.start, width, world));
         for (what, each) in [
             ("gradient", gradient.fold(Sum::default(), plus)),
             ("loss", all_reduce(1, 8, world)),

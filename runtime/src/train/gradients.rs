@@ -1,6 +1,7 @@
 //! The gradient is summed over ranks while backward still goes on: in buckets of whole layers, from the last layer to the first,
 //! as DistributedDataParallel does (arXiv 2006.15704).
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -53,6 +54,9 @@ fn buckets_of(config: &ModelConfig, least: i64) -> Vec<Bucket> {
     buckets
 }
 
+/// Sums under way, of which more would need memory where they are wider than the gradient.
+const UNDER_WAY: usize = 2;
+
 /// The sum over the ranks of a group, in place, of one step's gradient.
 pub(super) struct Summing {
     world: Group,
@@ -64,12 +68,12 @@ struct State {
     grad: Tensor,
     /// How many buckets have been issued.
     issued: usize,
-    under_way: Vec<Pending<()>>,
+    under_way: VecDeque<Pending<()>>,
 }
 
 impl Summing {
     pub fn new(world: &Group, grad: &Tensor, buckets: Vec<Bucket>) -> Arc<Self> {
-        let state = Mutex::new(State { grad: grad.shallow_clone(), issued: 0, under_way: Vec::new() });
+        let state = Mutex::new(State { grad: grad.shallow_clone(), issued: 0, under_way: VecDeque::new() });
         Arc::new(Self { world: world.clone(), buckets, state })
     }
 
@@ -89,8 +93,13 @@ impl Summing {
             }
             let part = state.grad.f_narrow(0, range.start, range.end - range.start)?;
             let summed = self.world.all_reduce_in_place(&part, Reduce::Sum)?;
-            state.under_way.push(summed);
             state.issued += 1;
+            state.under_way.push_back(summed);
+            if state.under_way.len() > UNDER_WAY
+                && let Some(first) = state.under_way.pop_front()
+            {
+                first.wait()?;
+            }
         }
         Ok(())
     }

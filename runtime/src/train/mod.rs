@@ -154,7 +154,7 @@ impl Life {
                 && let Some(trace) = self.tracing.take()
             {
                 let (layers, gradient_us) = trace.end(&self.trainer)?;
-                self.on_rank_zero(|folder, _| folder.traced(&layers, gradient_us))?;
+                self.on_rank_zero(|folder, trainer| folder.traced(trainer, &layers, gradient_us))?;
             }
             if steps == 1 {
                 let seconds = self.options.started.elapsed().as_secs_f64();

@@ -87,7 +87,7 @@ impl RunFolder {
         Ok(())
     }
 
-    pub fn traced(&self, layers: &[Exposed], gradient_us: f64) -> Result<()> {
+    pub fn traced(&self, trainer: &Trainer, layers: &[Exposed], gradient_us: f64) -> Result<()> {
         for Exposed { kind, forward_us, backward_us } in layers {
             let name = match kind {
                 LayerKind::Linear => "linear",
@@ -99,6 +99,9 @@ impl RunFolder {
         }
         if self.config.parallel.sp * self.config.parallel.dp > 1 {
             self.say(|| format!("gradient: exposed {gradient_us:.0} us a step"));
+            if trainer.device().is_cuda() && trainer.mesh.sp.size() > 1 {
+                self.say(|| format!("all_gather: {}", trainer.mesh.sp.peer_copies()));
+            }
         }
         Ok(())
     }

@@ -76,8 +76,9 @@ impl Trainer {
         let optimizer = AdamW::new(config.optimizer.clone(), &model.params)?;
         let linear = method::linear(&config.parallel.linear_method, &mesh.sp)?;
         let attention = method::attention(&config.parallel.softmax_method)?;
-        // Where nothing is added to the gradient of one backward, a wider sum would not be more exact.
-        let adds_up = mesh.world.size() > 1 || config.train.batch > config.train.micro_batch;
+        // Where a rank adds nothing to the gradient of its one backward, a wider sum would not be more exact: that over ranks is
+        // rounded once.
+        let adds_up = config.train.batch / mesh.dp.size() > config.train.micro_batch;
         let grad_kind = if device.is_cuda() && !adds_up { kind } else { optimizer.kind() };
         let grad = Tensor::f_zeros([model.params.numel()], (grad_kind, device))?;
         model.params.share_grads(&grad)?;
