@@ -6,7 +6,7 @@
 #
 # LASP_NCCL names another libnccl.so.2 than libtorch's own: several ranks on one GPU need 2.30 or later. LASP_PROGRAMS is a folder
 # that holds the programs (lasp, nccl, parity_nccl, cuda, cuda_linear, cuda_packed, cuda_mma), LASP_LOGS one for their output. LASP_LIMIT:
-# seconds for each part. `attend` wants a python3 with torch and safetensors.
+# seconds for each part. `attend` wants a python3 with torch and safetensors, `training` any.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 PARTS=${*:-nccl parity training kernels attend compare}
@@ -39,7 +39,9 @@ attend() { LASP=$P/lasp python3 tests/pytorch/attend.py --device cuda; }
 training() {
   local runs=$LOGS/runs device=${LASP_DEVICE:-cuda} jobs
   rm -rf "$runs" && mkdir -p "$runs"
-  "$P/lasp" data prepare kernels/src runtime/src --glob '*.rs' --out "$runs/corpus.bin" > "$runs/corpus.log" 2>&1 || { cat "$runs/corpus.log"; return 1; }
+  # Always the same: how much steps amplify rounding depends on the data.
+  python3 tests/gpu/corpus.py "$runs/texts" &&
+    "$P/lasp" data prepare "$runs/texts" --out "$runs/corpus.bin" > "$runs/corpus.log" 2>&1 || { cat "$runs/corpus.log"; return 1; }
   go() { # pattern ranks device
     local name=$1-$2-$3
     # So small a model is slower with all cores, of which the other runs want some too.
