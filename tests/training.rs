@@ -138,7 +138,13 @@ fn losses_do_not_depend_on_how_the_gradient_is_summed() -> Result<()> {
 /// When backward says that a layer is done, nothing is added any more to the gradients of it and those behind it.
 #[test]
 fn gradients_are_complete_when_backward_says_so() -> Result<()> {
-    for (checkpoint, decay) in [(false, "token"), (true, "channel"), (false, "none")] {
+    for (checkpoint, decay, fused) in [
+        (false, "token", false),
+        (true, "channel", false),
+        (false, "none", false),
+        (false, "channel", true),
+        (true, "none", true),
+    ] {
         let settings = [format!("model.decay={decay}"), "model.tied=false".to_owned()];
         let config = lasp_tests::training::config(&settings)?;
         tch::set_num_threads(1);
@@ -168,7 +174,8 @@ fn gradients_are_complete_when_backward_says_so() -> Result<()> {
             let (linear, attention) = (method::linear("lasp2", &group)?, method::attention("lasp2h")?);
             let shard = Arc::new(Shard { group, plan: Plan::new(layout, None, 0)?, linear, attention });
             let model_config = &config.model;
-            let context = Context::new(shard, model_config.head_dim(), 10_000.0, Kind::Double, Device::Cpu)?;
+            let mut context = Context::new(shard, model_config.head_dim(), 10_000.0, Kind::Double, Device::Cpu)?;
+            context.fused = fused;
             let tokens = Tensor::arange(77, (Kind::Int64, Device::Cpu)).unsqueeze(0);
             let hidden = model.forward(&context, &tokens, checkpoint, Some(&done))?;
             model.loss(&hidden, &tokens)?.backward();
@@ -183,7 +190,7 @@ fn gradients_are_complete_when_backward_says_so() -> Result<()> {
             }
             Ok(seen.into_iter().map(|(layer, _)| layer).collect())
         })?;
-        assert_eq!(said, [[3, 2, 1, 0]], "{decay}, checkpointing {checkpoint}");
+        assert_eq!(said, [[3, 2, 1, 0]], "{decay}, checkpointing {checkpoint}, fused {fused}");
     }
     Ok(())
 }

@@ -472,6 +472,48 @@ add_scaled_f32(float* sum, const float* x, const float* scale, long long n) {
     add_scaled(sum, x, scale, n);
 }
 
+constexpr int ROW_WARPS = 32;
+
+DEVICE float number_of(bf16 x) {
+    return to_float(x);
+}
+
+DEVICE float number_of(float x) {
+    return x;
+}
+
+DEVICE void put(bf16* p, float x) {
+    *p = to_bf16(x);
+}
+
+DEVICE void put(float* p, float x) {
+    *p = x;
+}
+
+// sum[j] += the sum over i of x[i][j], x [rows, d]: a block has 32 columns, and its warps the rows in turn.
+template <typename Number>
+DEVICE void add_rows(Number* sum, const float* x, int rows, int d) {
+    __shared__ float parts[ROW_WARPS][WARP + 1];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
+    float total = 0.f;
+    if (column < d)
+        for (int row = warp; row < rows; row += ROW_WARPS) total += x[(long long)row * d + column];
+    parts[warp][lane] = total;
+    __syncthreads();
+    // Each warp takes one of the columns.
+    total = lane_sum<WARP>(parts[lane][warp]);
+    const int mine = blockIdx.x * WARP + warp;
+    if (lane == 0 && mine < d) put(sum + mine, number_of(sum[mine]) + total);
+}
+
+extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP) add_rows_bf16(bf16* sum, const float* x, int rows, int d) {
+    add_rows(sum, x, rows, d);
+}
+
+extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP) add_rows_f32(float* sum, const float* x, int rows, int d) {
+    add_rows(sum, x, rows, d);
+}
+
 // out[0] = scale |g|, out[1] = what the gradient is to be multiplied by: scale, and less where the norm exceeds `clip` > 0.
 extern "C" __global__ void clipping(const double* partial, int blocks, double scale, double clip, double* out) {
     if (threadIdx.x != 0 || blockIdx.x != 0) return;

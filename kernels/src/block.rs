@@ -52,7 +52,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor
     Ok((y.f_to_kind(x.kind())?, rstd))
 }
 
-/// dx, to which `residual` is added, in the kind of x; and dweight `[D]` in the accumulation kind.
+/// dx, to which `residual` is added, in the kind of x; and `[n, D]` in the accumulation kind, whose sum over n is dweight: see
+/// [`add_rows`].
 pub fn rms_norm_backward(
     x: &Tensor,
     weight: &Tensor,
@@ -66,7 +67,7 @@ pub fn rms_norm_backward(
     }
     let rstd = per_row(rstd, x)?;
     let (hat, dy) = (wide(x)?.f_mul(&rstd)?, wide(&dy)?);
-    let d_weight = over_rows(&dy.f_mul(&hat)?)?;
+    let d_weight = over_rows(&dy.f_mul(&hat)?)?.f_unsqueeze(0)?;
     let grad = dy.f_mul(&wide(weight)?)?;
     let mean = grad.f_mul(&hat)?.f_mean_dim([-1].as_slice(), true, None)?;
     let mut dx = grad.f_sub(&hat.f_mul(&mean)?)?.f_mul(&rstd)?;
@@ -147,7 +148,8 @@ pub fn gated_norm(o: &Tensor, weight: &Tensor, gate: Option<&Tensor>, eps: f64) 
     Ok(y.f_to_kind(o.kind())?)
 }
 
-/// Of [`gated_norm`]: its output again, and the gradients of its inputs; dweight `[V]` in the accumulation kind.
+/// Of [`gated_norm`]: its output again, and the gradients of its inputs; that of the weight as `[n, V]` in the accumulation kind,
+/// to be summed over n: see [`add_rows`].
 pub struct GatedNormGrads {
     pub y: Tensor,
     pub d_o: Tensor,
@@ -282,6 +284,17 @@ pub fn add_scaled(sum: &mut Tensor, x: &Tensor, scale: &Tensor) -> Result<()> {
     Ok(())
 }
 
+/// `sum + x.sum(0)`, in place: sum `[D]`, x `[n, D]` at least as wide. One pass on CUDA, from f32 to bf16 too.
+pub fn add_rows(sum: &mut Tensor, x: &Tensor) -> Result<()> {
+    let kinds = matches!(sum.kind(), Kind::BFloat16 | Kind::Float) && x.kind() == Kind::Float;
+    let whole = sum.is_contiguous() && x.is_contiguous() && ops::aligned(x);
+    if runs_on(sum.device()) && kinds && whole && x.device() == sum.device() {
+        return ops::add_rows(sum, x);
+    }
+    let _ = sum.f_add_(&x.f_sum_dim_intlist([0].as_slice(), false, None)?)?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -312,7 +325,7 @@ mod tests {
         let residual = dy.flip([1]);
         let (dx, dw) = rms_norm_backward(&x.detach(), &w.detach(), &rstd, dy.copy(), Some(&residual)).unwrap();
         assert_close("dx", &(dx - residual), &x.grad(), 1e-12);
-        assert_close("dweight", &dw, &w.grad(), 1e-12);
+        assert_close("dweight", &dw.sum_dim_intlist(0, false, None), &w.grad(), 1e-12);
     }
 
     #[test]
@@ -344,7 +357,7 @@ mod tests {
             let grads = gated_norm_backward(o.detach(), &w.detach(), given, dy, EPS).unwrap();
             assert_close("y again", &grads.y, &y, 1e-12);
             assert_close("do", &grads.d_o, &o.grad(), 1e-12);
-            assert_close("dweight", &grads.d_weight, &w.grad(), 1e-12);
+            assert_close("dweight", &grads.d_weight.sum_dim_intlist(0, false, None), &w.grad(), 1e-12);
             assert_eq!(grads.d_gate.is_some(), with_gate);
             if let Some(d_gate) = grads.d_gate {
                 assert_close("dgate", &d_gate, &gate.grad(), 1e-12);

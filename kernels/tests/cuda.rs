@@ -70,6 +70,29 @@ fn scaled_sums() {
     }
 }
 
+/// Into places that begin anywhere, with the same bits again.
+#[test]
+fn sums_of_rows() {
+    let Some(device) = device(80) else { return };
+    for (rows, d) in rows(device, [(1, 8), (37, 1000), (528, 2048), (1056, 128), (0, 40)]) {
+        let x = randn(1, &[rows, d]);
+        let on_x = x.to_kind(Kind::Float).to_device(device);
+        for (kind, bound) in [(Kind::BFloat16, ROUNDED), (Kind::Float, 1e-5)] {
+            let before = randn(2, &[d + 6]).to_kind(kind);
+            let sums = || {
+                let all = before.to_device(device).copy();
+                block::add_rows(&mut all.narrow(0, 3, d), &on_x).unwrap();
+                all
+            };
+            let (all, again) = (sums(), sums());
+            let expected = before.to_kind(Kind::Double);
+            let _ = expected.narrow(0, 3, d).g_add_(&over_rows(&x));
+            assert_close(&format!("{rows} x {d}, {kind:?}"), &all, &expected, bound);
+            assert!(same_bits(&all, &again), "{rows} x {d}, {kind:?}: the same bits again");
+        }
+    }
+}
+
 /// Both layouts of both factors, with and without a summand, into bf16 and f32: to rounding, with the same bits again, and the
 /// summand untouched unless it is the output.
 #[test]
@@ -128,6 +151,10 @@ fn same_bits(a: &Tensor, b: &Tensor) -> bool {
     a.to_device(Device::Cpu).equal(&b.to_device(Device::Cpu))
 }
 
+fn over_rows(x: &Tensor) -> Tensor {
+    x.sum_dim_intlist(0, false, None)
+}
+
 #[test]
 fn norms() {
     let Some(device) = device(90) else { return };
@@ -144,7 +171,7 @@ fn norms() {
             let (dx, dw) = grads(&x, &w, &rstd, &dy, with.then_some(&residual));
             let (dx64, dw64) = grads(&x64, &w64, &rstd64, &dy64, with.then_some(&residual64));
             assert_close(&name("dx"), &dx, &dx64, ROUNDED);
-            assert_close(&name("dweight"), &dw, &dw64, 1e-5);
+            assert_close(&name("dweight"), &over_rows(&dw), &over_rows(&dw64), 1e-5);
             let again = grads(&x, &w, &rstd, &dy, with.then_some(&residual));
             assert!(same_bits(&dx, &again.0) && same_bits(&dw, &again.1), "{}", name("the same bits again"));
         }
@@ -168,7 +195,7 @@ fn head_norms_with_gates() {
             let (ours, truth) = (grads(&o, &w, &gate, &dy), grads(&o64, &w64, &gate64, &dy64));
             assert_close(&name("y again"), &ours.y, &y64, ROUNDED);
             assert_close(&name("do"), &ours.d_o, &truth.d_o, ROUNDED);
-            assert_close(&name("dweight"), &ours.d_weight, &truth.d_weight, 1e-5);
+            assert_close(&name("dweight"), &over_rows(&ours.d_weight), &over_rows(&truth.d_weight), 1e-5);
             if let (Some(ours), Some(truth)) = (ours.d_gate, truth.d_gate) {
                 assert_close(&name("dgate"), &ours, &truth, ROUNDED);
             }

@@ -203,7 +203,7 @@ fn problem(out: &Tensor, a: &Tensor, b: &Tensor, plus: Option<&Tensor>) -> Optio
 
 /// `out = a b`, with `plus` added if there is one, which may be `out` itself; sums in f32. a `[M, K]` and b `[K, N]` bf16 or
 /// f16, by rows or by columns, out and `plus` `[M, N]` of their kind or f32, by rows. `false`: nothing was done, as the
-/// product is not one for this module; the caller has libtorch.
+/// product is not one for this module, or there is no memory for it; the caller has libtorch.
 pub fn product(out: &Tensor, a: &Tensor, b: &Tensor, plus: Option<&Tensor>) -> Result<bool> {
     static ON: OnceLock<Mutex<HashMap<usize, On>>> = OnceLock::new();
     static PLANS: OnceLock<Mutex<HashMap<Problem, Option<Plan>>>> = OnceLock::new();
@@ -212,8 +212,7 @@ pub fn product(out: &Tensor, a: &Tensor, b: &Tensor, plus: Option<&Tensor>) -> R
     let on = made_once(ON.get_or_init(Mutex::default), problem.gpu, || On::new(gpu(a.device())?))?;
     let plan = made_once(PLANS.get_or_init(Mutex::default), problem, || on.plan(&problem, &given))?;
     let Some(plan) = plan else { return Ok(false) };
-    on.enqueue(&plan, &given)?;
-    Ok(true)
+    on.enqueue(&plan, &given)
 }
 
 /// A table's entry, made if it is not there. Not under the lock: what is timed waits for its GPU, which may wait for other ranks,
@@ -260,8 +259,9 @@ impl On {
             Some(chosen) => chosen,
             None => {
                 let proposals = self.proposals(problem, &plan)?;
-                let Some(best) = self.quickest(&plan, &proposals, given)? else { return Ok(None) };
-                if let Some(folder) = cache::folder() {
+                let Some((best, of_all)) = self.quickest(&plan, &proposals, given)? else { return Ok(None) };
+                // A choice made in want of memory is not for later runs.
+                if let Some(folder) = cache::folder().filter(|_| of_all) {
                     let bytes: Vec<u8> = best.algorithm.iter().flat_map(|word| word.to_le_bytes()).collect();
                     // A cache that cannot be written to is slower, not wrong.
                     let _ = cache::write(folder, &name, &bytes);
@@ -375,26 +375,28 @@ impl On {
         Ok(proposals[..usize::try_from(count).unwrap_or(0)].iter().filter(|p| p.status == 0).copied().collect())
     }
 
-    /// The proposal that takes the least time, taking turns, so that a GPU that slows down slows all of them. A product that adds
-    /// to its output does so elsewhere: the sum in `out` stays.
-    fn quickest(&self, plan: &Plan, proposals: &[Proposal], given: &Given) -> Result<Option<Proposal>> {
+    /// The proposal that takes the least time, taking turns, so that a GPU that slows down slows all of them; and whether there was
+    /// memory to time all. A product that adds to its output does so elsewhere: the sum in `out` stays.
+    fn quickest(&self, plan: &Plan, proposals: &[Proposal], given: &Given) -> Result<Option<(Proposal, bool)>> {
         let in_place = given.plus.is_some_and(|plus| plus.data_ptr() == given.out.data_ptr());
         let aside = match in_place.then(|| given.out.f_zeros_like()).transpose() {
             Ok(aside) => aside,
             // No memory for it: cuBLASLt's own choice.
-            Err(_) => return Ok(proposals.first().copied()),
+            Err(_) => return Ok(proposals.first().map(|&favourite| (favourite, false))),
         };
         let given = match &aside {
             Some(aside) => Given { out: aside, plus: Some(aside), ..*given },
             None => *given,
         };
         let watch = Stopwatch::new(given.a.device())?;
-        let mut times = Vec::new();
+        let (mut times, mut of_all) = (Vec::new(), true);
         for proposal in proposals {
             let plan = Plan { algorithm: proposal.algorithm, workspace: proposal.workspace, ..*plan };
             // The first time it is loaded. One that fails is none.
-            if self.enqueue(&plan, &given).is_ok() {
-                times.push((watch.time(|| self.enqueue(&plan, &given))?, plan, *proposal));
+            match self.enqueue(&plan, &given) {
+                Ok(true) => times.push((watch.time(|| self.enqueue(&plan, &given).map(drop))?, plan, *proposal)),
+                Ok(false) => of_all = false,
+                Err(_) => {}
             }
         }
         let rounds = if times.iter().any(|(ms, ..)| *ms > LONG_MS) { 0 } else { ROUNDS };
@@ -402,21 +404,26 @@ impl On {
             for (ms, plan, _) in &mut times {
                 *ms += watch.time(|| {
                     self.enqueue(plan, &given)?;
-                    self.enqueue(plan, &given)
+                    self.enqueue(plan, &given).map(drop)
                 })?;
             }
         }
         let Some(&(own, _, favourite)) = times.first() else { return Ok(None) };
         let best = times.iter().min_by(|a, b| a.0.total_cmp(&b.0)).map(|&(ms, _, proposal)| (ms, proposal));
-        Ok(Some(best.filter(|(ms, _)| *ms < own * (1.0 - LEAST_GAIN)).map_or(favourite, |(_, proposal)| proposal)))
+        let best = best.filter(|(ms, _)| *ms < own * (1.0 - LEAST_GAIN)).map_or(favourite, |(_, proposal)| proposal);
+        Ok(Some((best, of_all)))
     }
 
-    fn enqueue(&self, plan: &Plan, given: &Given) -> Result<()> {
+    /// `false`: there is no memory for its workspace, and nothing was done.
+    fn enqueue(&self, plan: &Plan, given: &Given) -> Result<bool> {
         let (one, beta) = (1f32, if given.plus.is_some() { 1f32 } else { 0.0 });
         let workspace = match plan.workspace {
             0 => None,
             // Handed out again in the stream's order, like all of libtorch's memory.
-            bytes => Some(Tensor::f_empty([bytes as i64], (Kind::Uint8, given.a.device()))?),
+            bytes => match Tensor::f_empty([bytes as i64], (Kind::Uint8, given.a.device())) {
+                Ok(workspace) => Some(workspace),
+                Err(_) => return Ok(false),
+            },
         };
         let stream = stream(self.gpu)?;
         // SAFETY: the tensors have the layouts of the plan's descriptors, which `problem` has read off them.
@@ -440,7 +447,7 @@ impl On {
                 stream,
             ))
         })?;
-        check("cublasLtMatmul", status)
+        check("cublasLtMatmul", status).map(|()| true)
     }
 }
 

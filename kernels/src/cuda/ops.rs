@@ -100,7 +100,7 @@ pub fn norm_forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Te
     Ok((y, rstd))
 }
 
-/// -> dx in the place of `dy`, and dw `[D]` f32. `residual` is added to dx.
+/// -> dx in the place of `dy`, and `[n, D]` f32, whose sum over n is dw. `residual` is added to dx.
 pub fn norm_backward(
     x: &Tensor,
     weight: &Tensor,
@@ -130,7 +130,7 @@ pub fn norm_backward(
     ];
     // SAFETY: sizes, kinds and layouts were checked or are made here; a thread reads what it overwrites before it does.
     unsafe { kernel.launch(line(blocks as u32), &args)? };
-    Ok((dy, sums.f_sum_dim_intlist([0].as_slice(), false, None)?))
+    Ok((dy, sums))
 }
 
 fn heads_kernel(device: Device, width: i64, name: &str) -> Result<(Kernel, i64)> {
@@ -166,7 +166,7 @@ pub fn heads_forward(x: &Tensor, weight: &Tensor, gate: Option<&Tensor>, eps: f6
     Ok(y)
 }
 
-/// In place: `x` becomes y, `gate` its gradient, `dy` that of x. -> dw `[V]` f32.
+/// In place: `x` becomes y, `gate` its gradient, `dy` that of x. -> `[n, V]` f32, whose sum over n is dw.
 pub fn heads_backward(x: &Tensor, weight: &Tensor, gate: Option<&Tensor>, dy: &Tensor, eps: f64) -> Result<Tensor> {
     let (rows, d) = matrix(x);
     for (name, tensor) in [("x", Some(x)), ("gate", gate), ("dy", Some(dy))] {
@@ -188,7 +188,7 @@ pub fn heads_backward(x: &Tensor, weight: &Tensor, gate: Option<&Tensor>, dy: &T
     ];
     // SAFETY: as above; a thread reads what it overwrites before it does.
     unsafe { kernel.launch(line(blocks as u32), &args)? };
-    Ok(sums.f_sum_dim_intlist([0].as_slice(), false, None)?)
+    Ok(sums)
 }
 
 /// Launches a kernel over as many numbers as `tensors` have, a multiple of 8: the tensors, then their number.
@@ -295,6 +295,26 @@ pub fn add_scaled(sum: &Tensor, x: &Tensor, scale: &Tensor) -> Result<()> {
     let args = [Arg::Tensor(sum), Arg::Tensor(x), Arg::Tensor(scale), Arg::I64(numbers)];
     // SAFETY: kinds, sizes and layouts were checked.
     unsafe { plain(sum.device(), name)?.launch(line(blocks_of(numbers, THREADS * 8)), &args) }
+}
+
+/// `sum += x.sum(0)`, in place. sum `[D]` bf16 or f32, x `[n, D]` f32.
+pub fn add_rows(sum: &Tensor, x: &Tensor) -> Result<()> {
+    const BLOCK: u32 = 1024;
+    let (rows, d) = x.size2()?;
+    let name = by_kind(sum, "add_rows_bf16", "add_rows_f32")?;
+    check("x", x, Kind::Float, rows * d)?;
+    // Read number by number, it may begin anywhere.
+    if sum.size() != [d] || !sum.is_contiguous() || sum.device() != x.device() {
+        return Err(Error::Shape {
+            tensor: "sum",
+            found: sum.size(),
+            expected: format!("[{d}], contiguous, beside x"),
+        });
+    }
+    let grid = [d.unsigned_abs().div_ceil(32) as u32, 1, 1];
+    let args = [Arg::Tensor(sum), Arg::Tensor(x), Arg::I32(rows as i32), Arg::I32(d as i32)];
+    // SAFETY: kinds, sizes and layouts were checked.
+    unsafe { plain(sum.device(), name)?.launch(Launch { grid, block: BLOCK, shared: 0 }, &args) }
 }
 
 /// `[2]` f64 on the device: `scale |grad|`, and what the gradient is to be multiplied by so that its norm is at most `clip`

@@ -41,6 +41,16 @@ fn weight_grad(w: &Tensor, dy: &Tensor, x: &Tensor) -> kernels::Result<Option<Te
     Ok(Some(block::product(&dy.f_transpose(0, 1)?, x)?))
 }
 
+/// The gradient of a norm's weight from `rows` `[n, D]`, of which it is the sum: as [`weight_grad`].
+fn norm_grad(weight: &Tensor, rows: &Tensor) -> kernels::Result<Option<Tensor>> {
+    let mut sum = weight.f_grad()?;
+    if sum.defined() {
+        block::add_rows(&mut sum, rows)?;
+        return Ok(None);
+    }
+    Ok(Some(rows.f_sum_dim_intlist([0].as_slice(), false, None)?.f_to_kind(weight.kind())?))
+}
+
 /// `x + y w^T`, of x `[B, T, D]` and y `[rows, ..]`.
 fn add_projection(x: &Tensor, y: &Tensor, w: &Tensor) -> kernels::Result<Tensor> {
     Ok(block::product_plus(&rows(x)?, y, &w.f_transpose(0, 1)?)?.f_view(x.size().as_slice())?)
@@ -67,18 +77,18 @@ impl Normed {
     /// And the normed rows.
     fn new(x: &Tensor, weight: &Tensor, eps: f64) -> kernels::Result<(Self, Tensor)> {
         let (y, rstd) = block::rms_norm(x, weight, eps)?;
-        Ok((Self { x: x.f_detach()?, weight: weight.f_detach()?, rstd, eps }, rows(&y)?))
+        Ok((Self { x: x.f_detach()?, weight: weight.shallow_clone(), rstd, eps }, rows(&y)?))
     }
 
     fn again(&self) -> kernels::Result<Tensor> {
         rows(&block::rms_norm(&self.x, &self.weight, self.eps)?.0)
     }
 
-    /// dx and the gradient of the norm's weight, from that of the normed rows and dy.
+    /// dx and what [`norm_grad`] gives of the norm's weight, from the gradient of the normed rows and dy.
     fn backward(&self, d_rows: Tensor, dy: &Tensor) -> kernels::Result<[Option<Tensor>; 2]> {
         let d_rows = d_rows.f_view(self.x.size().as_slice())?;
         let (dx, dw) = block::rms_norm_backward(&self.x, &self.weight, &self.rstd, d_rows, Some(dy))?;
-        Ok([Some(dx), Some(dw.f_to_kind(self.weight.kind())?)])
+        Ok([Some(dx), norm_grad(&self.weight, &dw)?])
     }
 }
 
@@ -165,7 +175,7 @@ pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &
         let n = normed.again()?;
         let mut of = vec![(&dq, wq), (&dk, wk), (&dv, wv)];
         let mut d_weights = vec![weight_grad(wq, &dq, &n)?, weight_grad(wk, &dk, &n)?, weight_grad(wv, &dv, &n)?, d_wo];
-        d_weights.push(Some(d_o_norm.f_to_kind(layer.o_norm.kind())?));
+        d_weights.push(norm_grad(&layer.o_norm, &d_o_norm)?);
         if let (Some(d_gate), Some(wg)) = (&d_gate, &layer.wg) {
             d_weights.push(weight_grad(wg, d_gate, &n)?);
             of.push((d_gate, wg));

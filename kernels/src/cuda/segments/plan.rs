@@ -172,7 +172,7 @@ impl Tables {
             &self.first,
             &self.entered_first,
         ];
-        let all = Tensor::f_from_slice(&tables.concat())?.f_to_kind(Kind::Int)?.f_to_device(device)?;
+        let all = crate::bridge::upload(&Tensor::f_from_slice(&tables.concat())?.f_to_kind(Kind::Int)?, device)?;
         let mut start = 0;
         let mut next = |numbers: &[i32]| -> Result<Tensor> {
             let part = all.f_narrow(0, start, numbers.len() as i64)?;
