@@ -133,6 +133,25 @@ fn check_case(device: Device, kind: Kind, decay: &str, case: Case, cuts: &[i64],
     }
 }
 
+/// All programs of some cases, on as many cores as there are: one by one they would take longer than the tests.
+fn compile_ahead(device: Device, kind: Kind, cases: &[Case]) {
+    let shared = cuda::gpu(device).unwrap().shared;
+    let mut all = Vec::new();
+    for case in cases {
+        for decay in [Form::None, Form::Scalar, Form::Channel] {
+            let of_kind = |half_decay| {
+                variants(kind, decay, case.dk, case.dv).into_iter().map(move |v| Variant { half_decay, ..v })
+            };
+            let half = decay == Form::Channel && kind != Kind::Float;
+            let of = of_kind(false).chain(of_kind(true).filter(|_| half));
+            all.extend(of.map(|variant| variant.defines(i64::from(shared))));
+        }
+    }
+    all.sort();
+    all.dedup();
+    cuda::compile_ahead(device, &LINEAR_MMA, &all).unwrap();
+}
+
 /// Which cases with which decays: on a GPU all, on the emulator, where each program takes seconds to compile, those named `few`.
 fn check_all(arch: u32, kind: Kind, few: &[(&[&str], Case, &[i64])]) {
     let Some(device) = device(arch) else { return };
@@ -154,6 +173,7 @@ fn check_all(arch: u32, kind: Kind, few: &[(&[&str], Case, &[i64])]) {
         (Case { b: 1, t: 1000, h: 2, dk: 128, dv: 128 }, &[0, 1000]),
         (Case { b: 2, t: 700, h: 5, dk: 64, dv: 64 }, &[0, 333, 700]),
     ];
+    compile_ahead(device, kind, &cases.map(|(case, _)| case));
     for (case, cuts) in cases {
         for decay in DECAYS {
             check_case(device, kind, decay, case, cuts, &[(false, false), (true, false), (false, true), (true, true)]);

@@ -23,6 +23,7 @@ mod segments;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tch::{Device, Tensor};
@@ -185,6 +186,22 @@ fn cubin(program: &Program, arch: &str, defines: &[String]) -> Result<Vec<u8>> {
     // A cache that cannot be written to is slower, not wrong.
     let _ = cache::write(folder, &name, &cubin);
     Ok(cubin)
+}
+
+/// Leaves in the cache what `program` is with each of several `defines` for a device, compiled side by side: [`kernel`] compiles one
+/// when it is first launched, while others wait. What does not compile fails there.
+pub fn compile_ahead(device: Device, program: &Program, all: &[Vec<String>]) -> Result<()> {
+    let (arch, next) = (gpu(device)?.arch(), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from).min(all.len()) {
+            scope.spawn(|| {
+                while let Some(defines) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let _ = cubin(program, &arch, defines);
+                }
+            });
+        }
+    });
+    Ok(())
 }
 
 /// One function of a program on one device.
