@@ -157,7 +157,7 @@ impl Group {
     }
 
     /// [`Group::all_reduce`] into `x` itself, contiguous, which must be neither read nor written to before `wait` has returned.
-    /// On GPUs without other memory, but for bf16, whose sums are rounded once.
+    /// On GPUs without other memory, but for bf16 of more than two ranks, whose sums travel in f32 and are rounded once.
     pub fn all_reduce_in_place(&self, x: &Tensor, op: Reduce) -> Result<Pending<()>> {
         let call = self.call(Op::AllReduce(op), x)?;
         let mut x = x.f_detach()?;

@@ -75,6 +75,7 @@ pub struct Totals {
 
 /// How often [`Recorder::settle`] looks.
 const LOOK: Duration = Duration::from_micros(20);
+const SETTLED: Duration = Duration::from_secs(60);
 
 /// Records one rank's communication and computation; clones share the record.
 #[derive(Clone, Default)]
@@ -143,7 +144,8 @@ impl Recorder {
         PlaceGuard { recorder: self.clone(), before }
     }
 
-    /// Blocks until all that was issued has ended and is recorded: till then spans and totals may lack what nobody waits for.
+    /// Blocks until all that was issued has ended and is recorded: till then spans and totals may lack what nobody waits for. What
+    /// does not end within a minute, as a message that nobody sends, is left.
     pub fn settle(&self) {
         if let Some(gpu) = self.gpu()
             && !gpu.settle()
@@ -151,7 +153,8 @@ impl Recorder {
             return;
         }
         let under_way = || lock(&self.0).comm.iter().any(|e| matches!(e.stage, Stage::Queued | Stage::Running));
-        while under_way() {
+        let began = Instant::now();
+        while under_way() && began.elapsed() < SETTLED {
             thread::sleep(LOOK);
         }
     }

@@ -107,6 +107,7 @@ fn memory(e: &Estimate, gpu: bool) -> String {
         ("an operator at work", m.operator, "with the activations"),
         ("for and of other ranks", m.gathers, "with the activations"),
         ("loss, logits in chunks", m.loss, "or this instead"),
+        ("sums of gradients under way", m.sums, "with the activations"),
         ("update", m.update, "without activations"),
         ("peak", m.total, ""),
     ];

@@ -245,9 +245,11 @@ fn a_gpu_keeps_less_than_plain_tensor_code() {
     );
     assert!(gpu.activations.without_checkpointing < cpu.activations.without_checkpointing);
     // GPUs sum in place, but for sums of bf16 that would be rounded more than once.
-    assert_eq!((gpu.update, of(&[], 2).update), (0, 0));
-    assert!((1..4 * parameters).contains(&of(&[], 4).update));
-    assert_eq!(of(&["train.device=cpu"], 2).update - cpu.update, 4 * parameters);
+    assert_eq!((gpu.update, gpu.sums, of(&[], 2).sums, of(&["train.dtype=f32"], 4).sums), (0, 0, 0, 0));
+    let (on_gpus, on_cpus) = (of(&[], 4).sums, of(&["train.device=cpu"], 2).sums);
+    assert!((1..4 * parameters).contains(&on_gpus) && on_cpus == on_gpus, "{on_gpus} and {on_cpus}");
+    let at_once = of(&["train.device=cpu", "parallel.gradient_bucket_mib=1000000"], 2);
+    assert_eq!((at_once.sums, at_once.update - cpu.update), (0, 4 * parameters));
     // The kernels for linear layers, and the states that they keep, are not for f64.
     let [narrow, wide] = ["train.dtype=f32", "train.dtype=f64"].map(|dtype| of(&[dtype], 1).activations.linear_layer);
     assert!(wide < 2 * narrow, "{wide} in f64, {narrow} in f32");

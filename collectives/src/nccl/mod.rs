@@ -196,7 +196,7 @@ impl Lanes {
         self.issue_into(call, input, None)
     }
 
-    /// An AllReduce whose result is `x`, detached and contiguous, unless its sums need a wider kind.
+    /// An AllReduce whose result is `x`, detached and contiguous; or, where its sums need a wider kind, one of that kind.
     pub(crate) fn issue_in_place(self: &Arc<Lanes>, call: Call, x: &Tensor) -> Result<Pending<Tensor>> {
         self.issue_into(call, Some(x.shallow_clone()), Some(x.shallow_clone()))
     }
@@ -247,6 +247,7 @@ impl Lanes {
             (Some(x), _) => Some(x.f_to_kind(wide)?.f_contiguous()?),
             (None, _) => None,
         };
+        let placed = place.is_some();
         let out = match (place, &x, call.op) {
             (Some(place), ..) if wide == call.kind => place,
             // A wider copy is nobody else's.
@@ -277,7 +278,8 @@ impl Lanes {
             if !awaited_in_flight(&awaited) {
                 gpu.waited(about, before, after);
             }
-            Ok(out.f_to_kind(call.kind)?)
+            // Who has a place for it rounds it there.
+            Ok(if placed { out } else { out.f_to_kind(call.kind)? })
         }))
     }
 

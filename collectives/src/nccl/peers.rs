@@ -47,6 +47,7 @@ impl fmt::Display for CopiesFound {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.refused, self.up_to) {
             (Some(why), _) => write!(f, "by NCCL: {why}")?,
+            (None, 0) if self.measured.is_empty() => write!(f, "by NCCL")?,
             (None, 0) => write!(f, "by NCCL, which is quicker")?,
             (None, longest) => write!(f, "of at most {longest} bytes a rank by copies between GPUs")?,
         }
@@ -128,7 +129,10 @@ impl Peers {
         let mut peers = Peers { rank, boxes, gathers: AtomicU32::new(0), longest: LONGEST };
         let mut measured = Vec::new();
         if wanted == PeerCopies::Measured {
-            measured = peers.measure(&meeting)?;
+            let matrices = Busy::new(context);
+            let all = meeting.smallest(f64::from(u8::from(matrices.is_ok())))?;
+            let Some(busy) = matrices.ok().filter(|_| all == 1.0) else { return refused("no memory to measure them") };
+            measured = peers.measure(&meeting, &busy)?;
             let quicker = measured.iter().take_while(|time| time.copies_us <= time.nccl_us);
             peers.longest = quicker.last().map_or(0, |time| time.bytes);
         }
@@ -164,19 +168,31 @@ impl Peers {
 
     /// This against NCCL, while all multiprocessors are at work: a gather is there to run beside a layer, and NCCL's kernel waits
     /// until blocks of the layer's have ended.
-    fn measure(&self, meeting: &Meeting) -> Result<Vec<PeerCopyTime>> {
+    fn measure(&self, meeting: &Meeting, busy: &Busy) -> Result<Vec<PeerCopyTime>> {
         let device = Device::Cuda(meeting.context.index);
-        let matrix = Tensor::f_zeros(BUSY, (Kind::BFloat16, device))?;
         let mut times = Vec::new();
         for bytes in MEASURED {
             let x = Tensor::f_zeros([bytes as i64 / 4], (Kind::Float, device))?;
             let out = Tensor::f_empty([self.boxes.len() as i64, bytes as i64 / 4], (Kind::Float, device))?;
             let on = Buffers { x: &x, out: &out, stream: meeting.stream };
-            let ours = meeting.time(&matrix, &|| self.all_gather(&on))?;
-            let theirs = meeting.time(&matrix, &|| meeting.comm.all_gather(&on))?;
+            let ours = meeting.time(busy, &|| self.all_gather(&on))?;
+            let theirs = meeting.time(busy, &|| meeting.comm.all_gather(&on))?;
             times.push(PeerCopyTime { bytes, copies_us: ours / 1e3, nccl_us: theirs / 1e3 });
         }
         Ok(times)
+    }
+}
+
+/// What a GPU multiplies meanwhile, and where the product goes.
+struct Busy {
+    matrix: Tensor,
+    product: Tensor,
+}
+
+impl Busy {
+    fn new(context: &Context) -> Result<Self> {
+        let zeros = || Tensor::f_zeros(BUSY, (Kind::BFloat16, Device::Cuda(context.index)));
+        Ok(Self { matrix: zeros()?, product: zeros()? })
     }
 }
 
@@ -216,11 +232,11 @@ impl Meeting<'_> {
         Ok(out.f_to_device(Device::Cpu)?.f_double_value(&[0])?)
     }
 
-    /// Nanoseconds of one of several in a row, beside products of a matrix, on the slowest rank.
-    fn time(&self, matrix: &Tensor, once: &dyn Fn() -> Result<()>) -> Result<f64> {
+    /// Nanoseconds of one of several in a row, beside products, on the slowest rank.
+    fn time(&self, Busy { matrix, product }: &Busy, once: &dyn Fn() -> Result<()>) -> Result<f64> {
         self.follow()?;
         for _ in 0..BUSY_PRODUCTS {
-            let _product = matrix.f_matmul(matrix)?;
+            let _product = matrix.f_matmul_out(product, matrix)?;
         }
         for _ in 0..3 {
             once()?;

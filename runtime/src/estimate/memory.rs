@@ -35,7 +35,9 @@ pub struct Memory {
     pub gathers: i64,
     /// One chunk of logits, and the gradient of the output projection.
     pub loss: i64,
-    /// What AdamW computes with, and the sums of gradients over ranks that have no place of their own.
+    /// Sums of the gradient over ranks, under way beside backward.
+    pub sums: i64,
+    /// What AdamW computes with, and the sums that come after backward.
     pub update: i64,
     /// The most at any time.
     pub total: i64,
@@ -54,9 +56,6 @@ pub struct Activations {
 
 pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memory {
     let (p, gpu) = (parameters.total, gpu(config));
-    let ranks = config.parallel.sp * config.parallel.dp;
-    // On a GPU the sum over ranks takes the place of what is summed.
-    let reduced = i64::from(ranks > 1 && !gpu);
     let gradient = gradient_width(config, s);
     let fused_update = gpu && config.train.dtype == Dtype::Bf16;
     let master = match s.width < s.wide {
@@ -64,11 +63,9 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
         true => s.wide,
         false => 0,
     };
-    // Sums of bf16 over more than two GPUs are wider, those of the largest bucket and the one before it.
-    let largest = || gradients::buckets(config).iter().map(|b| b.range.end - b.range.start).max().unwrap_or(0);
-    let widened = if gpu && ranks > 2 && gradient < s.wide { 2 * s.wide * largest() } else { 0 };
     // The square of the gradient, the root, the step.
     let steps = if fused_update { 0 } else { 3 * s.wide };
+    let (sums, last_sums) = sums(config, s);
     let activations = activations(config, s);
     let mut memory = Memory {
         weights: p * s.width,
@@ -78,7 +75,8 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
         operator: operator(config, s),
         gathers: gathers(config, s),
         loss: loss(config, s),
-        update: p * (steps + gradient * reduced) + widened,
+        sums,
+        update: p * steps + last_sums,
         activations,
         total: 0,
     };
@@ -87,7 +85,7 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
     } else {
         memory.activations.without_checkpointing
     };
-    let pass = kept + memory.loss.max(memory.operator + memory.gathers);
+    let pass = kept + memory.sums + memory.loss.max(memory.operator + memory.gathers);
     memory.total = memory.weights + memory.gradients + memory.optimizer + pass.max(memory.update);
     memory
 }
@@ -96,6 +94,23 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Memo
 pub(super) fn gradient_width(config: &Config, s: &Sizes) -> i64 {
     let one_backward = config.train.batch / config.parallel.dp.max(1) <= config.train.micro_batch;
     if gpu(config) && one_backward { s.width } else { s.wide }
+}
+
+/// The gradient's sums over ranks beside backward, and those after it. On a GPU they take the place of what is summed, unless they
+/// are wider: those of bf16 over more than two ranks.
+fn sums(config: &Config, s: &Sizes) -> (i64, i64) {
+    let (ranks, gradient) = (config.parallel.sp * config.parallel.dp, gradient_width(config, s));
+    let in_place = gpu(config) && (ranks <= 2 || gradient == s.wide);
+    if ranks == 1 || in_place {
+        return (0, 0);
+    }
+    let largest = |beside: bool| {
+        let buckets = gradients::buckets(config).into_iter().filter(|bucket| bucket.after.is_some() == beside);
+        let mut numbers: Vec<i64> = buckets.map(|bucket| bucket.range.end - bucket.range.start).collect();
+        numbers.sort_unstable();
+        numbers.iter().rev().take(gradients::UNDER_WAY).sum::<i64>() * s.wide
+    };
+    (largest(true), largest(false))
 }
 
 fn gpu(config: &Config) -> bool {
@@ -291,7 +306,8 @@ fn gathers(config: &Config, s: &Sizes) -> i64 {
         "ring_left_product" => ring(s.h),
         // dq, dk, dv with zeros for other ranks' heads, and in rank order.
         "megatron_sp_left_product" => 2 * 3 * whole * s.width,
-        _ => (s.w + 1) * summary,
+        // On a GPU the first rank waits for none, while its host is layers ahead.
+        _ => (s.w + 1) * summary * if gpu(config) { s.linear_layers.max(1) } else { 1 },
     };
     let softmax = match config.parallel.softmax_method.as_str() {
         "ring" => ring(s.kv),

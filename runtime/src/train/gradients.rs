@@ -24,7 +24,10 @@ pub(crate) struct Bucket {
 /// the embedding, behind them the projection to the vocabulary, if there is one, and what weight decay leaves alone.
 pub(crate) fn buckets(config: &Config) -> Vec<Bucket> {
     let width = config.train.dtype.kind().elt_size_in_bytes().max(4) as i64;
-    buckets_of(&config.model, (config.parallel.gradient_bucket_mib << 20) as i64 / width)
+    buckets_of(
+        &config.model,
+        config.parallel.gradient_bucket_mib.saturating_mul(1 << 20).min(i64::MAX as u64) as i64 / width,
+    )
 }
 
 /// `least`: numbers of a bucket of layers.
@@ -54,8 +57,8 @@ fn buckets_of(config: &ModelConfig, least: i64) -> Vec<Bucket> {
     buckets
 }
 
-/// Sums under way, of which more would need memory where they are wider than the gradient.
-const UNDER_WAY: usize = 2;
+/// Sums under way at once, of which more would need memory where they have no place of their own.
+pub(crate) const UNDER_WAY: usize = 2;
 
 /// The sum over the ranks of a group, in place, of one step's gradient.
 pub(super) struct Summing {
@@ -91,15 +94,15 @@ impl Summing {
             if layer.is_some_and(|passed| after.is_none_or(|after| passed > after)) {
                 break;
             }
-            let part = state.grad.f_narrow(0, range.start, range.end - range.start)?;
-            let summed = self.world.all_reduce_in_place(&part, Reduce::Sum)?;
-            state.issued += 1;
-            state.under_way.push_back(summed);
-            if state.under_way.len() > UNDER_WAY
+            if state.under_way.len() == UNDER_WAY
                 && let Some(first) = state.under_way.pop_front()
             {
                 first.wait()?;
             }
+            let part = state.grad.f_narrow(0, range.start, range.end - range.start)?;
+            let summed = self.world.all_reduce_in_place(&part, Reduce::Sum)?;
+            state.issued += 1;
+            state.under_way.push_back(summed);
         }
         Ok(())
     }

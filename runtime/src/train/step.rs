@@ -2,6 +2,7 @@
 //! update.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use collectives::{Mesh, Reduce};
 use tch::{Device, Kind, Tensor};
@@ -146,11 +147,13 @@ impl Trainer {
             labels += counted;
         }
 
-        let (mut out_of_time, mut exposed_ms, told) = (out_of_time, 0.0, exposed());
+        let (mut out_of_time, mut exposed_ms, told, mut met) = (out_of_time, 0.0, exposed(), 0);
         if let Some(summing) = summing {
             // What hosts know meets on hosts, while GPUs are in backward; the loss meets on them.
             let waited_ms = (told - waited + self.untold) as f64 / 1e6;
+            let meeting = Instant::now();
             let all = sum(&world, &[labels, waited_ms, f64::from(u8::from(out_of_time))])?;
+            met = meeting.elapsed().as_nanos() as u64;
             (labels, exposed_ms, out_of_time) = (all[0], all[1] / world.size() as f64, all[2] > 0.0);
             summing.finish()?;
             world.all_reduce_in_place(&loss_sum, Reduce::Sum)?.wait()?;
@@ -165,7 +168,8 @@ impl Trainer {
         }
         let numbers = [loss_sum.f_to_device(norm.device())?, norm.f_to_kind(Kind::Double)?];
         let numbers = Vec::<f64>::try_from(Tensor::f_stack(&numbers, 0)?)?;
-        self.untold = exposed() - told;
+        // But for the time in which hosts met.
+        self.untold = (exposed() - told).saturating_sub(met);
         let (loss, grad_norm) = (numbers[0] / labels, numbers[1]);
         finite(step, "training loss", loss)?;
         finite(step, "norm of the gradient", grad_norm)?;
