@@ -33,7 +33,7 @@ P=$LASP_PROGRAMS
 nccl() { "$P/nccl"; }
 parity() { "$P/parity_nccl"; }
 kernels() { for of in cuda cuda_linear cuda_packed cuda_mma; do "$P/$of" --test-threads=1 || return 1; done; }
-attend() { LASP=$P/lasp python3 tests/pytorch/attend.py --device cuda; }
+attend() { LASP=$P/lasp python3 tests/pytorch/attend.py --device cuda --jobs 8; }
 
 # 20 steps of a small model, pure linear and hybrid: the losses of 1, 2 and 4 ranks with GPUs are those of one CPU.
 training() {

@@ -24,10 +24,8 @@ pub(crate) struct Bucket {
 /// the embedding, behind them the projection to the vocabulary, if there is one, and what weight decay leaves alone.
 pub(crate) fn buckets(config: &Config) -> Vec<Bucket> {
     let width = config.train.dtype.kind().elt_size_in_bytes().max(4) as i64;
-    buckets_of(
-        &config.model,
-        config.parallel.gradient_bucket_mib.saturating_mul(1 << 20).min(i64::MAX as u64) as i64 / width,
-    )
+    let bytes = config.parallel.gradient_bucket_mib.saturating_mul(1 << 20).min(i64::MAX as u64);
+    buckets_of(&config.model, bytes as i64 / width)
 }
 
 /// `least`: numbers of a bucket of layers.
