@@ -216,7 +216,7 @@ impl Lanes {
             let message = format!("found a tensor on {found:?}, but this rank's GPU is {device:?}");
             return Err(Error::Cuda { call: call.op.name(), code: 0, message });
         }
-        let (rank, size) = (self.host.rank(), self.host.size());
+        let rank = self.host.rank();
         let mut state = lock(&self.state);
         let number = match call.op {
             Op::Send { to } => count(&mut state.to.entry(to).or_default().messages),
@@ -238,32 +238,10 @@ impl Lanes {
             _ => {}
         }
 
-        // bf16 sums are rounded once, as are NCCL's of two.
-        let sums = matches!(call.op, Op::ReduceScatter | Op::ReduceScatterV | Op::AllReduce(Reduce::Sum));
-        let wide = if sums && size > 2 && call.kind == Kind::BFloat16 { Kind::Float } else { call.kind };
-        let x = match (input, call.op) {
-            // Its sender may write to it at once.
-            (Some(x), Op::Send { .. }) => Some(copy(&x)?),
-            (Some(x), _) => Some(x.f_to_kind(wide)?.f_contiguous()?),
-            (None, _) => None,
-        };
         let placed = place.is_some();
-        let out = match (place, &x, call.op) {
-            (Some(place), ..) if wide == call.kind => place,
-            // A wider copy is nobody else's.
-            (_, Some(x), Op::AllReduce(_)) if wide != call.kind => x.shallow_clone(),
-            _ => Tensor::f_empty(shape(&call, rank, size), (wide, device))?,
-        };
-        let x = x.unwrap_or_else(|| out.shallow_clone());
-        let ready = {
-            let _entered = self.gpu.context.enter()?;
-            self.gpu.context.current_stream()?.record()?
-        };
-        let check = self.check(&call, &about)?;
-        let lane = self.lane(&mut state, call.op)?;
-        let held = vec![x.shallow_clone(), out.shallow_clone()];
-        let flight = Flight::new(about.clone(), ready, lane.clone(), held);
-        lane.issue(Item { call: call.clone(), x, out: out.shallow_clone(), rank, check, flight: flight.clone() })?;
+        let (flight, out) = self.fly(&mut state, &call, input, place, &about).inspect_err(|_| {
+            self.gpu.recorder.ended(about.seq, about.group.clone(), about.op, about.bytes, false);
+        })?;
         drop(state);
         if matches!(call.op, Op::Send { .. }) {
             return Ok(Pending::ready(nothing()?));
@@ -281,6 +259,44 @@ impl Lanes {
             // Who has a place for it rounds it there.
             Ok(if placed { out } else { out.f_to_kind(call.kind)? })
         }))
+    }
+
+    /// The operation on its way, and where its result will be: in `place` if sums need no wider kind.
+    fn fly(
+        &self,
+        state: &mut State,
+        call: &Call,
+        input: Option<Tensor>,
+        place: Option<Tensor>,
+        about: &About,
+    ) -> Result<(Arc<Flight>, Tensor)> {
+        let (rank, size, device) = (self.host.rank(), self.host.size(), self.device());
+        // bf16 sums are rounded once, as are NCCL's of two.
+        let sums = matches!(call.op, Op::ReduceScatter | Op::ReduceScatterV | Op::AllReduce(Reduce::Sum));
+        let wide = if sums && size > 2 && call.kind == Kind::BFloat16 { Kind::Float } else { call.kind };
+        let x = match (input, call.op) {
+            // Its sender may write to it at once.
+            (Some(x), Op::Send { .. }) => Some(copy(&x)?),
+            (Some(x), _) => Some(x.f_to_kind(wide)?.f_contiguous()?),
+            (None, _) => None,
+        };
+        let out = match (place, &x, call.op) {
+            (Some(place), ..) if wide == call.kind => place,
+            // A wider copy is nobody else's.
+            (_, Some(x), Op::AllReduce(_)) if wide != call.kind => x.shallow_clone(),
+            _ => Tensor::f_empty(shape(call, rank, size), (wide, device))?,
+        };
+        let x = x.unwrap_or_else(|| out.shallow_clone());
+        let ready = {
+            let _entered = self.gpu.context.enter()?;
+            self.gpu.context.current_stream()?.record()?
+        };
+        let check = self.check(call, about)?;
+        let lane = self.lane(state, call.op)?;
+        let held = vec![x.shallow_clone(), out.shallow_clone()];
+        let flight = Flight::new(about.clone(), ready, lane.clone(), held);
+        lane.issue(Item { call: call.clone(), x, out: out.shallow_clone(), rank, check, flight: flight.clone() })?;
+        Ok((flight, out))
     }
 
     /// Issues everything at once, on the calling thread: `dependent` computes on a stream of its own, which begins when what was
