@@ -11,7 +11,7 @@ use runtime::config::Config;
 use runtime::data::{PrepareOptions, prepare};
 use runtime::generate::Decoder;
 use runtime::metrics::{self, StepRecord};
-use runtime::model::{Context, LayerDone, Model};
+use runtime::model::{Context, LayerDone, Model, Spec, specs};
 use runtime::sequence::{Layout, Plan, Shard, method};
 use runtime::train::{Options, run};
 use tch::{Device, Kind, Tensor};
@@ -152,9 +152,10 @@ fn gradients_are_complete_when_backward_says_so() -> Result<()> {
             let model = Model::new(&config.model, Kind::Double, 5, Device::Cpu)?;
             let grad = Tensor::zeros([model.params.numel()], (Kind::Double, Device::Cpu));
             model.params.share_grads(&grad)?;
+            let specs = specs(&config.model);
             let behind = |name: &str, layer: usize| {
-                let of = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
-                of.map_or(name != "embedding", |of: usize| of >= layer)
+                let of = specs.iter().find(|spec| spec.name == name).and_then(Spec::layer);
+                of.map_or(name != "embedding", |of| of >= layer)
             };
             let shares = model.params.split(&grad)?;
             let copy = |layer: usize| -> Vec<(String, Tensor)> {

@@ -2,10 +2,10 @@
 
     python3 benches/peers/linear_attention.py --tokens 16384,131072 --decays none,head
 
-Times are medians of CUDA events around one call, the L2 cache overwritten before each, for so long that the GPU does not wait for
-launches; as in `target/release/gpu`. Memory is
-the peak of the allocator above what was allocated before a forward and backward pass. Needs PyTorch, Triton and
-flash-linear-attention. A decay that this version refuses, or takes of no packed documents, is a line with an error.
+Times are medians of CUDA events around one call, the L2 cache overwritten before each, for so long that the GPU does not wait
+for launches; as in `target/release/gpu`. Memory is the peak of the allocator above what was allocated before a forward and
+backward pass. Needs PyTorch, Triton and flash-linear-attention. A decay that this version refuses, or takes of no packed
+documents, is a line with an error.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from fla.ops.simple_gla import chunk_simple_gla
 # Tokens that every document has, and the proportions of the rest; as in `target/release/gpu`.
 AT_LEAST = 64
 PROPORTIONS = [1, 6, 2, 12, 3]
-
 
 # So often the L2 cache is overwritten before each run: 2 ms, in which the host launches all of it; as in `target/release/gpu`.
 OVERWRITTEN = 32

@@ -73,7 +73,7 @@ pub struct Totals {
     pub exposed_ns: u64,
 }
 
-/// How often [`Recorder::settle`] looks.
+/// How often [`Recorder::settle`] looks, and for how long.
 const LOOK: Duration = Duration::from_micros(20);
 const SETTLED: Duration = Duration::from_secs(60);
 

@@ -23,6 +23,10 @@ DEVICE float to_float(bf16 x) {
     return __uint_as_float((u32)x << 16);
 }
 
+DEVICE float to_float(float x) {
+    return x;
+}
+
 DEVICE bf16 to_bf16(float x) {
     return (bf16)pack_bf16(x, 0.f);
 }
@@ -426,7 +430,7 @@ DEVICE void squares(const T* x, double* partial, long long n) {
             for (int i = 0; i < 8; i++) here += v.at[i] * v.at[i];
         } else {
             for (long long i = at; i < n; i++) {
-                float v = sizeof(T) == 2 ? to_float(*(const bf16*)(x + i)) : *(const float*)(x + i);
+                float v = to_float(x[i]);
                 here += v * v;
             }
         }
@@ -474,19 +478,11 @@ add_scaled_f32(float* sum, const float* x, const float* scale, long long n) {
 
 constexpr int ROW_WARPS = 32;
 
-DEVICE float number_of(bf16 x) {
-    return to_float(x);
-}
-
-DEVICE float number_of(float x) {
-    return x;
-}
-
-DEVICE void put(bf16* p, float x) {
+DEVICE void store(bf16* p, float x) {
     *p = to_bf16(x);
 }
 
-DEVICE void put(float* p, float x) {
+DEVICE void store(float* p, float x) {
     *p = x;
 }
 
@@ -503,7 +499,7 @@ DEVICE void add_rows(Number* sum, const float* x, int rows, int d) {
     // Each warp takes one of the columns.
     total = lane_sum<WARP>(parts[lane][warp]);
     const int mine = blockIdx.x * WARP + warp;
-    if (lane == 0 && mine < d) put(sum + mine, number_of(sum[mine]) + total);
+    if (lane == 0 && mine < d) store(sum + mine, to_float(sum[mine]) + total);
 }
 
 extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP) add_rows_bf16(bf16* sum, const float* x, int rows, int d) {
@@ -566,7 +562,7 @@ DEVICE void adamw(bf16* high, bf16* low, float* mean, float* square, const G* gr
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 if (i < count) {
-                    g.at[i] = sizeof(G) == 2 ? to_float(*(const bf16*)(grad + at + i)) : *(const float*)(grad + at + i);
+                    g.at[i] = to_float(grad[at + i]);
                     m.at[i] = mean[at + i], v.at[i] = square[at + i], h[i] = high[at + i], l[i] = low[at + i];
                 }
         }

@@ -122,16 +122,16 @@ impl Peers {
             }
         };
         let boxes: Option<Vec<Memory>> = (0..size).map(open).collect();
-        let all = meeting.smallest(f64::from(u8::from(boxes.is_some())))?;
-        let Some(boxes) = boxes.filter(|_| all == 1.0) else {
+        let all = meeting.all(boxes.is_some())?;
+        let Some(boxes) = boxes.filter(|_| all) else {
             return refused("the driver lets processes open no memory of each other");
         };
         let mut peers = Peers { rank, boxes, gathers: AtomicU32::new(0), longest: LONGEST };
         let mut measured = Vec::new();
         if wanted == PeerCopies::Measured {
             let matrices = Busy::new(context);
-            let all = meeting.smallest(f64::from(u8::from(matrices.is_ok())))?;
-            let Some(busy) = matrices.ok().filter(|_| all == 1.0) else { return refused("no memory to measure them") };
+            let all = meeting.all(matrices.is_ok())?;
+            let Some(busy) = matrices.ok().filter(|_| all) else { return refused("no memory to measure them") };
             measured = peers.measure(&meeting, &busy)?;
             let quicker = measured.iter().take_while(|time| time.copies_us <= time.nccl_us);
             peers.longest = quicker.last().map_or(0, |time| time.bytes);
@@ -220,6 +220,11 @@ impl Meeting<'_> {
         let count = all.len();
         out.f_to_device(Device::Cpu)?.f_copy_data(&mut all, count)?;
         Ok(all)
+    }
+
+    /// Whether it is so on all ranks.
+    fn all(&self, mine: bool) -> Result<bool> {
+        Ok(self.smallest(f64::from(u8::from(mine)))? == 1.0)
     }
 
     /// Of all ranks.

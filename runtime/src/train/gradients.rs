@@ -131,6 +131,7 @@ mod tests {
             let config = ModelConfig { tied, ..model() };
             let params = model::Params::new(&model::specs(&config), tch::Kind::Float, 1, tch::Device::Cpu).unwrap();
             let names = params.split(&Tensor::arange(params.numel(), (tch::Kind::Int64, tch::Device::Cpu))).unwrap();
+            let specs = model::specs(&config);
             for least in [0, 5_000, 10_000, i64::MAX] {
                 let buckets = buckets_of(&config, least);
                 let mut ranges: Vec<_> = buckets.iter().map(|bucket| bucket.range.clone()).collect();
@@ -141,7 +142,7 @@ mod tests {
                     let (first, last) = (places.min().int64_value(&[]), places.max().int64_value(&[]));
                     let bucket = buckets.iter().find(|bucket| bucket.range.contains(&first)).unwrap();
                     assert!(bucket.range.contains(&last), "{name} is in two buckets");
-                    let layer = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+                    let layer = specs.iter().find(|spec| spec.name == *name).and_then(model::Spec::layer);
                     match (bucket.after, layer) {
                         (Some(after), Some(layer)) => assert!(after <= layer, "{name} is summed before its backward"),
                         (Some(_), None) => assert_eq!(name, "lm_head"),
