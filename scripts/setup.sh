@@ -19,8 +19,15 @@ command -v python3 >/dev/null || die "needs python3 (3.10 or later), found none"
 packages=()
 command -v c++ >/dev/null || packages+=(g++)
 command -v mpicc >/dev/null && command -v mpirun >/dev/null || packages+=(openmpi-bin libopenmpi-dev)
-libclang() { compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || compgen -G '/usr/lib/x86_64-linux-gnu/libclang*.so*'; }
-[ -n "${LIBCLANG_PATH:-}" ] || libclang >/dev/null || packages+=(libclang-dev)
+# Not libclang-cpp, a library of its own that other packages bring.
+libclang() {
+  local in found
+  for in in /usr/lib/llvm-*/lib /usr/lib/x86_64-linux-gnu; do
+    for found in "$in"/libclang.so* "$in"/libclang-[0-9]*.so*; do [ ! -e "$found" ] || return 0; done
+  done
+  return 1
+}
+[ -n "${LIBCLANG_PATH:-}" ] || libclang || packages+=(libclang-dev)
 if [ ! -x .venv/bin/python ] && ! python3 -c 'import ensurepip' 2>/dev/null; then packages+=(python3-venv); fi
 
 if [ ${#packages[@]} -gt 0 ]; then
