@@ -3,7 +3,7 @@
 
 mod emulator;
 
-use emulator::{device, slow};
+use emulator::{device, few};
 use kernels::block;
 use kernels::cuda::ops::{self, AdamStep};
 use kernels::cuda::{self, BLOCK};
@@ -55,7 +55,7 @@ fn weight(device: Device, seed: u64, width: i64) -> (Tensor, Tensor) {
 #[test]
 fn scaled_sums() {
     let Some(device) = device(80) else { return };
-    let shape = [if slow(device) { 5 } else { 700 }, 1032];
+    let shape = [if few(device) { 5 } else { 700 }, 1032];
     let (x, scale) = (randn(2, &shape), Tensor::from(0.37f32));
     let (on_x, on_scale) = (x.to_kind(Kind::Float).to_device(device), scale.to_device(device));
     for (kind, bound) in [(Kind::BFloat16, ROUNDED), (Kind::Float, 1e-6)] {
@@ -139,12 +139,12 @@ fn large_products() {
 
 /// Cases of `(rows, columns)`; on the emulator of few rows.
 fn rows<const N: usize>(device: Device, cases: [(i64, i64); N]) -> [(i64, i64); N] {
-    cases.map(|(rows, columns)| (if slow(device) { rows.min(40) } else { rows }, columns))
+    cases.map(|(rows, columns)| (if few(device) { rows.min(40) } else { rows }, columns))
 }
 
 /// A number of numbers that ends within 8, after several turns of a strided kernel or, on the emulator, one.
 fn numbers(device: Device) -> i64 {
-    if slow(device) { 10_003 } else { 100_003 }
+    if few(device) { 10_003 } else { 100_003 }
 }
 
 fn same_bits(a: &Tensor, b: &Tensor) -> bool {

@@ -8,7 +8,7 @@ mod emulator;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Case, SCALE, as_decay, chained, milliseconds, naive, naive_is_the_recurrence, on, poison, twice};
-use emulator::slow;
+use emulator::{few, slow};
 use kernels::cuda;
 use kernels::cuda::mma::{Form, Fused, LINEAR_MMA, Variant, supports};
 use kernels::linear::chunkwise::Chunkwise;
@@ -152,11 +152,11 @@ fn compile_ahead(device: Device, kind: Kind, cases: &[Case]) {
     cuda::compile_ahead(device, &LINEAR_MMA, &all).unwrap();
 }
 
-/// Which cases with which decays: on a GPU all, on the emulator, where each program takes seconds to compile, those named `few`.
-fn check_all(arch: u32, kind: Kind, few: &[(&[&str], Case, &[i64])]) {
+/// Which cases with which decays: on a GPU all, on the emulator, where each program takes seconds to compile, those `chosen`.
+fn check_all(arch: u32, kind: Kind, chosen: &[(&[&str], Case, &[i64])]) {
     let Some(device) = device(arch) else { return };
-    if slow(device) {
-        for (i, (decays, case, cuts)) in few.iter().enumerate() {
+    if few(device) {
+        for (i, (decays, case, cuts)) in chosen.iter().enumerate() {
             for (j, decay) in decays.iter().enumerate() {
                 check_case(device, kind, decay, *case, cuts, &[((i + j) % 2 == 0, (i + j) % 4 < 2)]);
             }
@@ -292,7 +292,7 @@ fn documents_in_one_call() {
 #[test]
 fn long_segments() {
     let Some(device) = device(90) else { return };
-    let case = if slow(device) {
+    let case = if few(device) {
         Case { b: 1, t: 400, h: 12, dk: 16, dv: 16 }
     } else {
         Case { b: 1, t: 4000, h: 264, dk: 64, dv: 64 }

@@ -308,7 +308,7 @@ fn documents_of_any_length_are_as_good_as_naive_bf16() {
     }
     // Heads of several launches.
     check(&rank(&[100, 3, 90]), Heads { b: 1, h: 1, dk: 192, dv: 136 }, "token", device, false);
-    if !emulator::slow(device) {
+    if !emulator::few(device) {
         let lengths: Vec<_> = (0..300).map(|i| if i == 200 { 5000 } else { 1 + i * i % 97 }).collect();
         for decay in ["none", "head", "token", "token strong"] {
             check(&rank(&lengths), Heads { b: 1, h: 16, dk: 128, dv: 128 }, decay, device, false);

@@ -60,6 +60,8 @@ fn gradients(config: &Config, how: How) -> (Tensor, Tensor) {
         let rope = config.model.rope_base;
         let mut context = Context::new(shard, config.model.head_dim(), rope, how.kind, how.device)?;
         context.fused = how.fused;
+        // Checkpointed MLPs go through several parts.
+        context.hidden_at_once = 64 * config.model.mlp_dim;
         let loss = model.loss(&model.forward(&context, &tokens, how.checkpoint, None)?, &labels)?;
         kernels::bridge::backward(&loss, &loss.ones_like())?;
         Ok((loss.detach(), grad))

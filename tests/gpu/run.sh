@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # What needs a GPU: the collectives and the parity list over NCCL on 1, 2 and 4 processes, training losses against the CPU's, the
-# CUDA kernels, `lasp attend` against PyTorch, and `lasp compare` in all modes on 1, 2 and 4 processes.
+# CUDA kernels, small ones under compute-sanitizer too, `lasp attend` against PyTorch, and `lasp compare` in all modes on 1, 2 and 4
+# processes.
 #
-#   tests/gpu/run.sh [nccl] [parity] [training] [kernels] [attend] [compare]      all of them if none is named
+#   tests/gpu/run.sh [nccl] [parity] [training] [kernels] [sanitizer] [attend] [compare]      all of them if none is named
 #
 # LASP_NCCL names another libnccl.so.2 than libtorch's own: several ranks on one GPU need 2.30 or later. LASP_PROGRAMS is a folder
 # that holds the programs (lasp, nccl, parity_nccl, cuda, cuda_linear, cuda_packed, cuda_mma), LASP_LOGS one for their output. LASP_LIMIT:
 # seconds for each part. `attend` wants a python3 with torch and safetensors, `training` any.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-PARTS=${*:-nccl parity training kernels attend compare}
+PARTS=${*:-nccl parity training kernels sanitizer attend compare}
 LOGS=${LASP_LOGS:-target/gpu}
 LIMIT=${LASP_LIMIT:-900}
 mkdir -p "$LOGS"
@@ -33,6 +34,28 @@ P=$LASP_PROGRAMS
 nccl() { "$P/nccl"; }
 parity() { "$P/parity_nccl"; }
 kernels() { for of in cuda cuda_linear cuda_packed cuda_mma; do "$P/$of" --test-threads=1 || return 1; done; }
+
+# memcheck and racecheck of the tests' small cases, LASP_JOBS at a time, as most of it is the sanitizer's work on the CPU.
+sanitizer() {
+  command -v compute-sanitizer > /dev/null || { echo "not tested: no compute-sanitizer, a program of the CUDA toolkit"; return 0; }
+  go() { # tool program filter
+    local name=$1-$2${3:+-$3} status
+    # libtorch's own kernels, of which the naive versions are made, are many, and not ours to check.
+    LASP_SANITIZER=1 OMP_NUM_THREADS=1 compute-sanitizer --tool "$1" --kernel-name-exclude kernel_substring=native --error-exitcode 1 \
+      "$P/$2" ${3:-} --test-threads=1 > "$LOGS/$name.log" 2>&1
+    status=$?
+    echo "$name: $(grep -E 'SUMMARY|^test result' "$LOGS/$name.log" | tail -n 2 | paste -s -d ' '), $([ $status = 0 ] || echo FAILED) rc $status"
+    return $status
+  }
+  export -f go
+  for tool in racecheck memcheck; do
+    for of in 'cuda_linear without_decay' 'cuda_linear per_head' 'cuda_linear per_token' 'cuda_linear layouts' cuda_packed cuda \
+      'cuda_mma naive_bf16' 'cuda_mma naive_f16' 'cuda_mma f32_to' 'cuda_mma documents' 'cuda_mma layouts'; do
+      echo "$tool $of"
+    done
+  done | xargs -P "${LASP_JOBS:-6}" -I{} bash -c 'go {}'
+}
+
 attend() { LASP=$P/lasp python3 tests/pytorch/attend.py --device cuda --jobs 8; }
 
 # 20 steps of a small model, pure linear and hybrid: the losses of 1, 2 and 4 ranks with GPUs are those of one CPU.
@@ -86,7 +109,7 @@ failed=0
 for part in $PARTS; do
   began=$SECONDS
   case $part in
-    nccl | parity | training | kernels | attend | compare) ;;
+    nccl | parity | training | kernels | sanitizer | attend | compare) ;;
     *) echo "no part $part"; exit 2 ;;
   esac
   export -f "$part"

@@ -1,7 +1,7 @@
 //! Linear attention on one GPU, forward and backward: milliseconds by CUDA events, the L2 cache overwritten before each, over
-//! the time in which memory could move what must be moved (forward: q, k, v in, o out; with backward eleven such tensors).
-//! A JSON line for each decay and length. `--documents` packs the tokens: documents of unequal lengths in one call, between which
-//! no state passes. `benches/gpu-kernels.sh` puts it beside flash-linear-attention.
+//! the time in which memory could move what must be moved (forward: q, k, v in, o out; with backward eleven such tensors; decays
+//! twice, and a learned one's gradient). A JSON line for each decay and length. `--documents` packs the tokens: documents of
+//! unequal lengths in one call, between which no state passes. `benches/gpu-kernels.sh` puts it beside flash-linear-attention.
 
 use std::sync::Arc;
 
@@ -114,6 +114,15 @@ impl Work {
         Ok(backward.finish()?)
     }
 
+    /// Bytes that go through memory at least, forward and with backward: inputs are read once in each, outputs written once.
+    fn moved(&self) -> (f64, f64) {
+        let bytes = |x: &Tensor| x.numel() as f64 * x.kind().elt_size_in_bytes() as f64;
+        let tensor = bytes(&self.x.v);
+        let decay = self.x.decay.tensor().map_or(0.0, bytes);
+        let gradient = if self.x.decay_grad { decay } else { 0.0 };
+        (4.0 * tensor + decay, 11.0 * tensor + 2.0 * decay + gradient)
+    }
+
     fn both(&self) -> Result<()> {
         let (_o, saved) = self.forward()?;
         self.backward(saved).map(drop)
@@ -205,13 +214,13 @@ fn main() -> Result<()> {
             kernels::bridge::reset_peak_memory(0)?;
             work.both()?;
             let extra = kernels::bridge::device_memory(0)?.peak.saturating_sub(before);
-            let tensor = (tokens * o.heads * o.dim * 2) as f64;
-            let share = |tensors: f64, ms: f64| tensors * tensor / rate * 1e3 / ms;
+            let (forward_bytes, both_bytes) = work.moved();
+            let share = |bytes: f64, ms: f64| bytes / rate * 1e3 / ms;
             let line = json!({
                 "decay": decay, "tokens": tokens, "documents": o.documents, "heads": o.heads, "dim": o.dim, "runs": o.runs,
                 "forward_ms": forward.median_ms, "both_ms": both.median_ms,
                 "forward": forward.json(), "both": both.json(),
-                "forward_of_floor": share(4.0, forward.median_ms), "both_of_floor": share(11.0, both.median_ms),
+                "forward_of_floor": share(forward_bytes, forward.median_ms), "both_of_floor": share(both_bytes, both.median_ms),
                 "extra_mib": extra as f64 / f64::from(1 << 20), "copy_tb_s": rate / 1e12,
                 "gpu": kernels::cuda::name(DEVICE)?, "lasp": env!("CARGO_PKG_VERSION"),
             });

@@ -104,6 +104,8 @@ char* lasp_open_cuda() {
   // Streams share so many queues to a GPU, by default 8, and wait for what others have put into the same one: a send behind a
   // receive that waits for another rank could wait for ever.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  // Of blocks of some GiB, as long sequences want them, an eighth of the memory would be lost between segments of fixed size.
+  if (getenv("PYTORCH_CUDA_ALLOC_CONF") == nullptr) setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True", 0);
   if (dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) != nullptr) return nullptr;
   const char* why = dlerror();
   return strdup(why == nullptr ? "dlopen failed" : why);

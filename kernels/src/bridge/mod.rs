@@ -107,20 +107,25 @@ pub fn backward(output: &Tensor, grad: &Tensor) -> Result<()> {
     unsafe { check(lasp_backward(output.as_ptr(), grad.as_ptr())) }
 }
 
-/// Activation checkpointing: runs `block` on `x` without keeping what its backward needs, and runs it again there.
+/// Activation checkpointing: computes `first` of `x` without keeping what its backward needs, and in backward `again`, whose
+/// derivative is that of `first`. Nobody reads the numbers that `again` gives.
 ///
-/// Parameters used inside `block` accumulate their gradients during that second run. `block` must give the same
-/// result each time it is called; collectives inside it are issued again, in the same order on every rank.
-pub fn checkpoint(x: &Tensor, block: impl Fn(&Tensor) -> Result<Tensor> + Send + 'static) -> Result<Tensor> {
+/// Parameters used inside `again` accumulate their gradients during that second run. Collectives inside it are issued again, in
+/// the same order on every rank.
+pub fn checkpoint(
+    x: &Tensor,
+    first: impl FnOnce(&Tensor) -> Result<Tensor>,
+    again: impl FnOnce(&Tensor) -> Result<Tensor> + Send + 'static,
+) -> Result<Tensor> {
     let out = {
         let _guard = tch::no_grad_guard();
-        block(&x.f_detach()?)?
+        first(&x.f_detach()?)?
     };
     let saved = x.f_detach()?;
     attach(&[x], &[&out], move |mut grads: Vec<Option<Tensor>>| {
         let Some(grad) = grads.swap_remove(0) else { return Ok(vec![None]) };
         let x = saved.f_detach()?.f_set_requires_grad(true)?;
-        let again = tch::with_grad(|| block(&x))?;
+        let again = tch::with_grad(|| again(&x))?;
         backward(&again, &grad)?;
         Ok(vec![Some(x.f_grad()?)])
     })?;

@@ -150,9 +150,18 @@ pub fn compile(program: &Program, arch: &str, defines: &[String]) -> Result<Vec<
     compile_by(nvrtc::nvrtc()?, program, arch, defines)
 }
 
+static ALSO_DEFINED: OnceLock<Vec<String>> = OnceLock::new();
+
+/// What all programs are compiled with besides their own `defines` from now on. The first call counts. For tests that run under
+/// a tool which takes the usual instructions for errors.
+pub fn also_define(defines: &[&str]) {
+    let _ = ALSO_DEFINED.set(defines.iter().map(|&define| define.to_owned()).collect());
+}
+
 fn compile_by(nvrtc: &Nvrtc, program: &Program, arch: &str, defines: &[String]) -> Result<Vec<u8>> {
     let mut options = vec![format!("--gpu-architecture={arch}"), "--std=c++17".to_owned()];
-    options.extend(defines.iter().map(|define| format!("-D{define}")));
+    let all = defines.iter().chain(ALSO_DEFINED.get().into_iter().flatten());
+    options.extend(all.map(|define| format!("-D{define}")));
     nvrtc.compile(&format!("{}.cu", program.name), program.source, program.headers, &options)
 }
 
@@ -175,8 +184,8 @@ fn cubin(program: &Program, arch: &str, defines: &[String]) -> Result<Vec<u8>> {
     let Some(folder) = cache::folder() else { return compile(program, arch, defines) };
     let (major, minor) = nvrtc::nvrtc()?.version()?;
     let version = format!("nvrtc {major}.{minor}");
-    let defines_text = defines.join(" ");
-    let mut parts = vec![version.as_str(), defines_text.as_str(), program.source];
+    let (own, all) = (defines.join(" "), ALSO_DEFINED.get().map_or_else(String::new, |all| all.join(" ")));
+    let mut parts = vec![version.as_str(), own.as_str(), all.as_str(), program.source];
     parts.extend(program.headers.iter().flat_map(|(name, text)| [*name, *text]));
     let name = cache::name(program.name, arch, "cubin", &parts);
     if let Some(cubin) = cache::read(folder, &name) {

@@ -21,6 +21,13 @@ pub fn device(arch: u32) -> Option<Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     *DEVICE.get_or_init(|| {
         if bridge::open_cuda().is_ok() && tch::Cuda::is_available() {
+            // What one test has compiled is there for the next.
+            let folder = std::env::var_os("LASP_KERNELS").map(PathBuf::from);
+            cuda::keep_in(Some(folder.unwrap_or_else(|| std::env::temp_dir().join("lasp-test-kernels"))));
+            if sanitized() {
+                // By lane 0 alone, after a barrier of its warp, racecheck takes arrivals for hazards.
+                cuda::also_define(&["EVERY_THREAD_ARRIVES=1"]);
+            }
             return Some(Device::Cuda(0));
         }
         if Command::new("g++").arg("--version").output().is_err() {
@@ -35,10 +42,21 @@ pub fn device(arch: u32) -> Option<Device> {
     })
 }
 
-/// Whether the device is the emulator: then tests are small.
+/// Whether the device is the emulator.
 #[allow(dead_code)]
 pub fn slow(device: Device) -> bool {
     device == Device::Cpu
+}
+
+/// Whether compute-sanitizer looks on (`tests/gpu/run.sh sanitizer`).
+fn sanitized() -> bool {
+    std::env::var_os("LASP_SANITIZER").is_some()
+}
+
+/// Whether tests are to be small: on the emulator, and under compute-sanitizer.
+#[allow(dead_code)]
+pub fn few(device: Device) -> bool {
+    slow(device) || sanitized()
 }
 
 /// `body` with the emulator's threads and blocks in another order: 0 forward, with asynchronous instructions as late as they

@@ -1,8 +1,10 @@
 //! Floating-point operations, a multiplication and an addition counted as two. Only products of matrices count; a step is
-//! forward and twice that for backward, and forward once more where activations are checkpointed.
+//! forward and twice that for backward, and forward once more where activations are checkpointed, on a GPU but for the MLPs' last
+//! products.
 
 use serde::Serialize;
 
+use super::memory::in_parts;
 use super::{Parameters, Sizes};
 use crate::config::Config;
 
@@ -31,7 +33,10 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Flop
     let softmax = layers(s.softmax_layers, s.h * s.k * (s.l + 1));
     let logits = layers(1, s.vocab * s.d);
     let forward = projections + linear + softmax + logits;
-    let again = if config.train.activation_checkpointing { projections + linear + softmax } else { 0.0 };
+    let mut again = if config.train.activation_checkpointing { projections + linear + softmax } else { 0.0 };
+    if again > 0.0 && in_parts(config) {
+        again -= layers(s.linear_layers + s.softmax_layers, s.mlp * s.d);
+    }
     let step = 3.0 * forward + again;
     let tokens = config.train.batch as f64 * s.l as f64;
     Flops {

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{Parameters, Sizes};
 use crate::config::{Config, DataKind, DecayKind, DeviceKind, Dtype};
-use crate::model::{DECAY_RANK, loss};
+use crate::model::{DECAY_RANK, HIDDEN_AT_ONCE, loss};
 use crate::sequence::attention::Lasp2h;
 use crate::sequence::method;
 use crate::train::gradients;
@@ -121,6 +121,11 @@ fn left_product(config: &Config) -> bool {
     method::left_product(&config.parallel.linear_method).is_some()
 }
 
+/// Whether the MLP of a checkpointed layer goes through its rows in parts, which computes its output only once.
+pub(super) fn in_parts(config: &Config) -> bool {
+    gpu(config) && !left_product(config)
+}
+
 /// Whether linear layers run in the kernels of linear.cu and linear_mma.cu, which take no f64.
 fn kernels(config: &Config, s: &Sizes) -> bool {
     gpu(config) && config.train.dtype != Dtype::F64 && s.k % 8 == 0 && !left_product(config)
@@ -203,6 +208,11 @@ fn kept_mlp(s: &Sizes) -> i64 {
     s.b * s.t * ((s.d + 2 * s.mlp) * s.width + s.wide)
 }
 
+/// What it keeps in a checkpointed layer: its input.
+fn kept_mlp_in_parts(s: &Sizes) -> i64 {
+    s.b * s.t * s.d * s.width
+}
+
 fn activations(config: &Config, s: &Sizes) -> Activations {
     let tokens = s.b * s.t;
     // An RMS norm of n numbers keeps them, widened, and normalised; and gives n numbers, kept as an input.
@@ -234,13 +244,15 @@ fn activations(config: &Config, s: &Sizes) -> Activations {
         // The input of the last norm, and its output.
         last = normed + tokens * s.d * s.width;
     }
+    // Of the layer that backward is in.
+    let (x, layer) = (tokens * s.d * s.width, largest(s, linear, softmax));
+    // The last norm and the loss are done when backward gets to a layer, whose x is one of those kept.
+    let again = if in_parts(config) { (layer - kept_mlp(s) + kept_mlp_in_parts(s) - x).max(last) } else { layer + last };
     Activations {
         linear_layer: linear,
         softmax_layer: softmax,
         without_checkpointing: s.linear_layers * linear + s.softmax_layers * softmax + last,
-        with_checkpointing: (s.linear_layers + s.softmax_layers) * tokens * s.d * s.width
-            + largest(s, linear, softmax)
-            + last,
+        with_checkpointing: (s.linear_layers + s.softmax_layers) * x + again,
         checkpointing: config.train.activation_checkpointing,
     }
 }
@@ -278,10 +290,15 @@ fn operator(config: &Config, s: &Sizes) -> i64 {
         return largest(s, linear, softmax);
     }
     // Beside a mixer the gradients of the half's output and of o; its layer's MLP is done. At work in the MLP: the gradients
-    // of output and hidden values, the norm's output and its gradient.
-    let beside = 2 * tokens * s.d * s.width - kept_mlp(s);
-    let mlp = tokens * (3 * s.d + s.mlp) * s.width;
-    mlp.max(largest(s, linear, softmax) + beside)
+    // of output and hidden values, the norm's output and its gradient; in parts those of output and input, and of a part gate, up,
+    // hidden values, the norm's output and its gradient.
+    let (kept, mlp) = if config.train.activation_checkpointing && in_parts(config) {
+        let part = tokens.min(HIDDEN_AT_ONCE / s.mlp.max(1) + 63);
+        (kept_mlp_in_parts(s), (2 * tokens * s.d + part * (2 * s.d + 3 * s.mlp)) * s.width)
+    } else {
+        (kept_mlp(s), tokens * (3 * s.d + s.mlp) * s.width)
+    };
+    mlp.max(largest(s, linear, softmax) + 2 * tokens * s.d * s.width - kept)
 }
 
 /// What a method holds in backward beside the operator's own tensors.

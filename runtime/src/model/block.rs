@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::linear_layer::{self, LinearLayer};
 use super::softmax_layer::{self, SoftmaxLayer};
-use super::{Cache, Context, Init, KvCache, Params, Result, Spec, fused, rms_norm};
+use super::{Cache, Context, Error, Init, KvCache, Params, Result, Spec, fused, rms_norm};
 use crate::config::{LayerKind, ModelConfig};
 use crate::sequence::LinearMethod;
 
@@ -49,6 +49,12 @@ pub(super) struct Mlp {
 }
 
 impl Mlp {
+    pub fn shallow_clone(&self) -> Self {
+        let [norm, w_gate, w_up, w_down] =
+            [&self.norm, &self.w_gate, &self.w_up, &self.w_down].map(Tensor::shallow_clone);
+        Self { norm, w_gate, w_up, w_down, eps: self.eps }
+    }
+
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let normed = rms_norm(x, &self.norm, self.eps)?;
         let project = |w: &Tensor| normed.f_linear(w, None::<&Tensor>);
@@ -81,12 +87,45 @@ impl Block {
 
     /// x `[B, T, D]`, this rank's tokens -> `[B, T, D]`.
     pub fn forward(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
+        let x = self.mix(context, x)?;
+        if self.fused(context) { fused::mlp(&self.mlp, &x) } else { self.mlp.forward(&x) }
+    }
+
+    /// [`Block::forward`] that keeps nothing but x, and computes the rest again in backward.
+    pub fn checkpointed(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
+        let again = {
+            let (block, context) = (self.shallow_clone(), context.shallow_clone());
+            move |x: &Tensor| block.run(&context, x, fused::Output::Unread)
+        };
+        let unsupported = |error: Error| kernels::Error::Unsupported(error.to_string());
+        let first = |x: &Tensor| self.run(context, x, fused::Output::Read).map_err(unsupported);
+        Ok(kernels::bridge::checkpoint(x, first, move |x| again(x).map_err(unsupported))?)
+    }
+
+    /// A run of a checkpointed block.
+    fn run(&self, context: &Context, x: &Tensor, output: fused::Output) -> Result<Tensor> {
+        let x = self.mix(context, x)?;
+        if self.fused(context) {
+            fused::mlp_in_parts(&self.mlp, &x, context.hidden_at_once, output)
+        } else {
+            self.mlp.forward(&x)
+        }
+    }
+
+    /// Whether halves of this block are the nodes of `fused`.
+    fn fused(&self, context: &Context) -> bool {
+        let linear = matches!(self.mixer, Mixer::Linear(_));
+        context.fused && (!linear || matches!(context.shard.linear, LinearMethod::Scan(_)))
+    }
+
+    /// The first half: x and what the mixer makes of it.
+    fn mix(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
         match &self.mixer {
-            Mixer::Linear(layer) if context.fused && matches!(context.shard.linear, LinearMethod::Scan(_)) => {
-                return fused::mlp(&self.mlp, &fused::linear(layer, &self.attn_norm, context, x)?);
+            Mixer::Linear(layer) if self.fused(context) => {
+                return fused::linear(layer, &self.attn_norm, context, x);
             }
-            Mixer::Softmax(layer) if context.fused => {
-                return fused::mlp(&self.mlp, &fused::softmax(layer, &self.attn_norm, self.eps, context, x)?);
+            Mixer::Softmax(layer) if self.fused(context) => {
+                return fused::softmax(layer, &self.attn_norm, self.eps, context, x);
             }
             _ => {}
         }
@@ -95,7 +134,7 @@ impl Block {
             Mixer::Linear(layer) => layer.forward(context, &normed)?,
             Mixer::Softmax(layer) => layer.forward(context, &normed)?,
         };
-        self.mlp.forward(&x.f_add(&mixed)?)
+        Ok(x.f_add(&mixed)?)
     }
 
     pub(super) fn decode(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {
@@ -122,13 +161,7 @@ impl Block {
                 Mixer::Softmax(layer) => Mixer::Softmax(layer.shallow_clone()),
             },
             attn_norm: self.attn_norm.shallow_clone(),
-            mlp: Mlp {
-                norm: self.mlp.norm.shallow_clone(),
-                w_gate: self.mlp.w_gate.shallow_clone(),
-                w_up: self.mlp.w_up.shallow_clone(),
-                w_down: self.mlp.w_down.shallow_clone(),
-                ..self.mlp
-            },
+            mlp: self.mlp.shallow_clone(),
             eps: self.eps,
         }
     }

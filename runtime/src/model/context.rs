@@ -7,6 +7,10 @@ use tch::{Device, Kind, Tensor};
 use super::Result;
 use crate::sequence::Shard;
 
+/// As [`Context::hidden_at_once`]: 2 GiB in bf16. Products of so many rows are no slower than of all, and the few sums over parts,
+/// which round a gradient in bf16 once each, no less exact.
+pub(crate) const HIDDEN_AT_ONCE: i64 = 1 << 30;
+
 pub struct Context {
     pub shard: Arc<Shard>,
     /// `[T, 1, K / 2]`: cosine and sine of each local token's angles, in the kind of the activations.
@@ -14,13 +18,15 @@ pub struct Context {
     pub sin: Tensor,
     /// Whether blocks are computed by the nodes of `fused`: on a GPU.
     pub fused: bool,
+    /// Numbers of the hidden layer that an MLP of these nodes has at a time, where activations are computed again.
+    pub hidden_at_once: i64,
 }
 
 impl Context {
     /// Angles count from the start of each token's own document.
     pub fn new(shard: Arc<Shard>, head_dim: i64, rope_base: f64, kind: Kind, device: Device) -> Result<Self> {
         let (cos, sin) = angles(&shard.plan.positions(), head_dim, rope_base, kind, device)?;
-        Ok(Self { shard, cos, sin, fused: device.is_cuda() })
+        Ok(Self { shard, cos, sin, fused: device.is_cuda(), hidden_at_once: HIDDEN_AT_ONCE })
     }
 
     pub fn shallow_clone(&self) -> Self {

@@ -1,7 +1,7 @@
 //! Half a block as one node of the autograd graph, `y = x + f(norm(x))`, on GPUs: with the operations of `kernels::block`
 //! between the matrix products, and no more kept for backward than it needs. Norms, gates and feature maps are computed
 //! again from what stands before them; of a linear layer remain x, the projections before their activation and o, of an MLP
-//! x, gate and up. Backward works in the memory of what it has read for the last time.
+//! x, gate and up, or under activation checkpointing x. Backward works in the memory of what it has read for the last time.
 
 use kernels::block;
 use kernels::linear::Inputs;
@@ -92,34 +92,132 @@ impl Normed {
     }
 }
 
-/// `x + down(silu(gate(n)) * up(n))`, n the norm of x.
-pub(super) fn mlp(layer: &Mlp, x: &Tensor) -> Result<Tensor> {
-    let inputs = [x, &layer.norm, &layer.w_gate, &layer.w_up, &layer.w_down];
-    let (y, normed, gate, up) = {
-        let _guard = tch::no_grad_guard();
+/// What backward needs of an MLP.
+struct Gated {
+    normed: Normed,
+    gate: Tensor,
+    up: Tensor,
+}
+
+impl Gated {
+    fn new(layer: &Mlp, x: &Tensor) -> kernels::Result<Self> {
         let (normed, n) = Normed::new(x, &layer.norm, layer.eps)?;
-        let (gate, up) = (project(&n, &layer.w_gate)?, project(&n, &layer.w_up)?);
-        drop(n);
-        let y = add_projection(x, &block::swiglu(&gate, &up)?, &layer.w_down)?;
-        (y, normed, gate, up)
-    };
-    let [w_gate, w_up, w_down] = [&layer.w_gate, &layer.w_up, &layer.w_down].map(Tensor::shallow_clone);
-    kernels::bridge::attach(&inputs, &[&y], move |mut grads: Vec<Option<Tensor>>| -> Grads {
-        let Some(dy) = grads.swap_remove(0) else { return Ok((0..5).map(|_| None).collect()) };
-        drop(grads);
-        let dy_rows = rows(&dy)?;
-        let grads = block::swiglu_backward(gate, up, block::product(&dy_rows, &w_down)?)?;
-        let d_down = weight_grad(&w_down, &dy_rows, &grads.hidden)?;
+        Ok(Self { normed, gate: project(&n, &layer.w_gate)?, up: project(&n, &layer.w_up)? })
+    }
+
+    fn output(&self, layer: &Mlp) -> kernels::Result<Tensor> {
+        add_projection(&self.normed.x, &block::swiglu(&self.gate, &self.up)?, &layer.w_down)
+    }
+
+    /// The gradients of x, the norm, gate, up and down; of those of weights what [`weight_grad`] gives.
+    fn backward(self, layer: &Mlp, dy: &Tensor) -> kernels::Result<[Option<Tensor>; 5]> {
+        let Self { normed, gate, up } = self;
+        let dy_rows = rows(dy)?;
+        let grads = block::swiglu_backward(gate, up, block::product(&dy_rows, &layer.w_down)?)?;
+        let d_down = weight_grad(&layer.w_down, &dy_rows, &grads.hidden)?;
         let block::SwigluGrads { d_gate, d_up, .. } = grads;
         let n = normed.again()?;
-        let (dw_gate, dw_up) = (weight_grad(&w_gate, &d_gate, &n)?, weight_grad(&w_up, &d_up, &n)?);
+        let (dw_gate, dw_up) = (weight_grad(&layer.w_gate, &d_gate, &n)?, weight_grad(&layer.w_up, &d_up, &n)?);
         drop(n);
-        let d_rows = input_grad(&[(&d_gate, &w_gate), (&d_up, &w_up)])?;
+        let d_rows = input_grad(&[(&d_gate, &layer.w_gate), (&d_up, &layer.w_up)])?;
         drop((d_gate, d_up));
-        let [dx, d_norm] = normed.backward(d_rows, &dy)?;
-        Ok(vec![dx, d_norm, dw_gate, dw_up, d_down])
+        let [dx, d_norm] = normed.backward(d_rows, dy)?;
+        Ok([dx, d_norm, dw_gate, dw_up, d_down])
+    }
+}
+
+/// `x + down(silu(gate(n)) * up(n))`, n the norm of x.
+pub(super) fn mlp(layer: &Mlp, x: &Tensor) -> Result<Tensor> {
+    let (y, gated) = {
+        let _guard = tch::no_grad_guard();
+        let gated = Gated::new(layer, x)?;
+        (gated.output(layer)?, gated)
+    };
+    let backward = |layer: &Mlp, dy: &Tensor| gated.backward(layer, dy);
+    attach_mlp(layer, x, &y, backward)?;
+    Ok(y)
+}
+
+fn attach_mlp(
+    layer: &Mlp,
+    x: &Tensor,
+    y: &Tensor,
+    backward: impl FnOnce(&Mlp, &Tensor) -> kernels::Result<[Option<Tensor>; 5]> + Send + 'static,
+) -> kernels::Result<()> {
+    let inputs = [x, &layer.norm, &layer.w_gate, &layer.w_up, &layer.w_down];
+    let layer = layer.shallow_clone();
+    kernels::bridge::attach(&inputs, &[y], move |mut grads: Vec<Option<Tensor>>| -> Grads {
+        let Some(dy) = grads.swap_remove(0) else { return Ok((0..5).map(|_| None).collect()) };
+        Ok(backward(&layer, &dy)?.into())
+    })
+}
+
+/// Whether anybody reads a node's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Output {
+    Read,
+    /// It is only there for the graph: one zero, seen as a tensor of its shape.
+    Unread,
+}
+
+/// [`mlp`], a part of the rows after the other, each of at most `hidden` numbers of the hidden layer. It keeps x alone: backward
+/// computes a part's gate and up when it gets there. What long sequences would need most memory for never exists as a whole
+/// (tiled MLPs of Arctic Long Sequence Training, arXiv 2506.13996).
+pub(super) fn mlp_in_parts(layer: &Mlp, x: &Tensor, hidden: i64, output: Output) -> Result<Tensor> {
+    let parts = parts(x.numel() as i64 / x.size()[x.dim() - 1], hidden / layer.w_gate.size()[0]);
+    let (y, x_rows) = {
+        let _guard = tch::no_grad_guard();
+        let x_rows = rows(&x.f_detach()?)?;
+        let y = match output {
+            Output::Unread => Tensor::f_zeros([1], (x.kind(), x.device()))?.f_expand(x.size(), false)?,
+            Output::Read => {
+                let of = |x: &Tensor| Gated::new(layer, x)?.output(layer);
+                by_parts(&x_rows, &parts, |from, count| of(&x_rows.f_narrow(0, from, count)?))?.f_view(x.size().as_slice())?
+            }
+        };
+        (y, x_rows)
+    };
+    attach_mlp(layer, x, &y, move |layer, dy| {
+        let dy_rows = rows(dy)?;
+        let mut weights: [Option<Tensor>; 4] = Default::default();
+        let dx = by_parts(&x_rows, &parts, |from, count| {
+            let gated = Gated::new(layer, &x_rows.f_narrow(0, from, count)?)?;
+            let [dx, of_weights @ ..] = gated.backward(layer, &dy_rows.f_narrow(0, from, count)?)?;
+            for (sum, part) in weights.iter_mut().zip(of_weights) {
+                *sum = match (sum.take(), part) {
+                    (Some(mut sum), Some(part)) => Some(sum.f_add_(&part)?),
+                    (sum, part) => sum.or(part),
+                };
+            }
+            dx.ok_or_else(|| kernels::Error::Unsupported("an MLP whose input has no gradient".to_owned()))
+        })?;
+        let [d_norm, dw_gate, dw_up, d_down] = weights;
+        Ok([Some(dx.f_view(dy.size().as_slice())?), d_norm, dw_gate, dw_up, d_down])
     })?;
     Ok(y)
+}
+
+/// `(from, count)` of parts of some rows, at most `most` each but for what makes a multiple of 64, and about equal.
+fn parts(rows: i64, most: i64) -> Vec<(i64, i64)> {
+    let count = (rows + most.max(1) - 1) / most.max(1);
+    let each = ((rows + count.max(1) - 1) / count.max(1) + 63) / 64 * 64;
+    (0..rows).step_by(each.max(1) as usize).map(|from| (from, each.min(rows - from))).collect()
+}
+
+/// What `of` makes of each part of the rows of x, as one tensor of the shape of x.
+fn by_parts(
+    x: &Tensor,
+    parts: &[(i64, i64)],
+    mut of: impl FnMut(i64, i64) -> kernels::Result<Tensor>,
+) -> kernels::Result<Tensor> {
+    if let [(from, count)] = *parts {
+        return of(from, count);
+    }
+    let all = x.f_empty_like()?;
+    for &(from, count) in parts {
+        all.f_narrow(0, from, count)?.f_copy_(&of(from, count)?)?;
+    }
+    Ok(all)
 }
 
 /// `x + out(gated_norm(mix(silu(q), silu(k), v)))` of the projections of n, the norm of x. The sp group must have a scan.

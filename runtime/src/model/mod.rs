@@ -18,6 +18,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 pub use block::Block;
+pub(crate) use context::HIDDEN_AT_ONCE;
 pub use context::{Context, rotary};
 pub use decay::{constant_decay, constant_log_decay};
 pub(crate) use linear_layer::DECAY_RANK;
@@ -102,10 +103,7 @@ impl Model {
                 x = announced(&x, layer, done)?;
             }
             x = if checkpoint && tch::Tensor::requires_grad(&x) {
-                let (block, context) = (block.shallow_clone(), context.shallow_clone());
-                kernels::bridge::checkpoint(&x, move |x| {
-                    block.forward(&context, x).map_err(|error| kernels::Error::Unsupported(error.to_string()))
-                })?
+                block.checkpointed(context, &x)?
             } else {
                 block.forward(context, &x)?
             };

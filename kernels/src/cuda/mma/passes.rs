@@ -182,7 +182,7 @@ pub fn widest(kind: Kind, gpu_shared: i64) -> (i64, i64) {
 
 /// Whether one pass makes dv and dk, but for f32, which would need more registers than there are.
 pub fn dual(kind: Kind) -> bool {
-    kind != Kind::Float
+    kind != Kind::Float && std::env::var_os("LASP_SPLIT").is_none()
 }
 
 /// A pass over all tokens; which tensors it reads, linear_mma.cu says.
