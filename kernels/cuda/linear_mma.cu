@@ -6,8 +6,8 @@
 //   DECAY    0 none, 1 a scalar per token and head, 2 a vector [K] per token and head
 //   LOG_BYTES  of the logarithms of the latter: 4 f32, 2 in KIND
 //   REVERSE  1: time runs backwards, which is what gradients do
-//   INNER    the output whose products sum over K: o, or (REVERSE) dv
-//   OUTER    the output whose channels are K: dq, or (REVERSE) dk; at least one of the two
+//   OUTER    0: of the outputs that whose products sum over K, o, or (REVERSE) dv
+//            1: that whose channels are K, dq, or (REVERSE) dk
 //   INTRA    0: only what the entering state adds to o, for a state that comes late
 //   DOTS     1 (OUTER): dlog_decay too, half of it by dq's pass
 //   K_BLOCKS, V_BLOCKS  the head's key and value size in blocks of 64, 1 or 2
@@ -28,15 +28,15 @@
 // A, D k and D^T q are summed up pair by pair instead.
 //
 // A warp keeps 16 rows of the state, or of its transpose, in registers, so that its columns of the output are its own affair:
-// what it has of the state is the B of one product and the D of the next. Warps of INNER have 16 channels of V, those of OUTER
-// 16 of K. They share tiles of 32 tokens, q' and k' in them, and the A and D of each group.
+// what it has of the state is the B of one product and the D of the next. It has 16 channels of V, or (OUTER) of K. Warps share
+// tiles of 32 tokens, q' and k' in them, and the A or D of each group. One pass for dv and dk would read less, but needs all
+// registers for one block on a multiprocessor, which waits longer than two.
 
 #ifndef KIND
 #define KIND 0
 #define DECAY 2
 #define LOG_BYTES 4
 #define REVERSE 0
-#define INNER 1
 #define OUTER 0
 #define INTRA 1
 #define DOTS 0
@@ -50,6 +50,8 @@
 #include "segments.cuh"
 #include "fragments.cuh"
 #include "groups.cuh"
+
+constexpr bool INNER = !OUTER;
 
 struct SummarizeParams {
     Input key, value;  // k and v, or (REVERSE) q and do
@@ -77,7 +79,7 @@ struct CombineParams {
 struct RunParams {
     Input q, k, v, d_o;
     Decays decay;
-    Output inner, outer;
+    Output out;
     // f32, [B, T, H, K], or for a scalar decay [B, T, H, K / 16], to be summed: `dots` q dq without the pairs of a token with
     // itself, made by dq's pass for dk's; `d_log` dlog_decay.
     Output dots, d_log;
@@ -90,7 +92,7 @@ struct RunParams {
     float scale;        // of the outputs
     float entry_scale;  // of the entry states
     int dk, dv;
-    int accumulate;  // bit 0: adds to inner; 1: to outer; 2: to d_log
+    int accumulate;  // bit 0: adds to out; 1: to d_log
     int entered;     // the flags of the segments that a state enters
 };
 
@@ -102,6 +104,7 @@ typedef Layout<REVERSE, !REVERSE, !REVERSE, REVERSE, REVERSE, !REVERSE, false, f
 extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_AT_ONCE) summarize(const __grid_constant__ SummarizeParams p) {
     extern __shared__ uint4 raw[];
     __shared__ Decayed d;
+    __shared__ Origins from;
     const SumLayout tiles{(char*)raw};
     const u32 lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const int last = p.first[blockIdx.x + 1];
@@ -115,13 +118,20 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_AT_ONCE) summarize
         auto load = [&](int i) {
             if (i < n) {
                 const int token = token_of(i), stage = i % SUM_STAGES;
-                load_tile<RAW_BYTES, DK, SUM_THREADS>(REVERSE ? tiles.q(stage) : tiles.k(stage), p.key, p.dk, seg, token);
-                load_tile<RAW_BYTES, DV, SUM_THREADS>(REVERSE ? tiles.d_o(stage) : tiles.v(stage), p.value, p.dv, seg, token);
-                if (DECAY == 2) load_tile<LOG_BYTES, DK, SUM_THREADS>(tiles.log(stage), logs_of(p.decay), p.dk, seg, token);
+                auto keys = REVERSE ? tiles.q(stage) : tiles.k(stage), values = REVERSE ? tiles.d_o(stage) : tiles.v(stage);
+                load_tile<RAW_BYTES, DK, SUM_THREADS>(keys, p.key, from.k, p.dk, token, seg.end);
+                load_tile<RAW_BYTES, DV, SUM_THREADS>(values, p.value, from.v, p.dv, token, seg.end);
+                if (DECAY == 2)
+                    load_tile<LOG_BYTES, DK, SUM_THREADS>(tiles.log(stage), logs_of(p.decay), from.log, p.dk, token, seg.end);
                 next_log = scalar_log(p.decay, seg, token);
             }
             copy_async_commit();
         };
+        if (threadIdx.x == 0) {
+            from.k = p.key.origin(seg, RAW_BYTES);
+            from.v = p.value.origin(seg, RAW_BYTES);
+            from.log = logs_of(p.decay).origin(seg, LOG_BYTES);
+        }
         __syncthreads();
         load(0);
         state.each<DK>(row, lane, [](int, int, float& x) { x = 0.f; });
@@ -173,13 +183,11 @@ extern "C" __global__ void __launch_bounds__(128) combine(const __grid_constant_
 
 // ---- run -------------------------------------------------------------------------------------------------------
 
-constexpr int INNER_WARPS = INNER ? DV / 16 : 0, OUTER_WARPS = OUTER ? DK / 16 : 0;
-constexpr int SCORERS = INNER ? INNER_WARPS : 1;  // warps that make A pair by pair
-constexpr int THREADS = 32 * (INNER_WARPS + OUTER_WARPS);
-constexpr int AT_ONCE = KIND == 0 || THREADS > 256 ? 512 / THREADS : 256 / THREADS;  // blocks on a multiprocessor
+constexpr int WARPS = (OUTER ? DK : DV) / 16, THREADS = 32 * WARPS;
+constexpr int AT_ONCE = (KIND == 0 ? 512 : 256) / THREADS;  // blocks on a multiprocessor
 typedef Layout<INNER || REVERSE || DOTS, INTRA && (INNER || !REVERSE || DOTS), INTRA && (OUTER || !REVERSE),
                OUTER || REVERSE, INNER || REVERSE, INTRA && (INNER || !REVERSE), DOTS && REVERSE && DECAY == 2,
-               OUTER && DECAY == 2 && (INNER || LOG_BYTES == 2), STAGES> RunLayout;
+               OUTER && DECAY == 2 && LOG_BYTES == 2, STAGES> RunLayout;
 
 // A matrix of a group's tokens by the same, as each lane has it of an A.
 struct alignas(16) Part {
@@ -212,21 +220,24 @@ DEVICE float2 raw_log_pair(const Decays& d, const Segment& s, int token, int col
     return make_float2(x.x * LOG2E, x.y * LOG2E);
 }
 
-// 8 columns of A, or of A^T, from column 8 half on, or of D: x y^T, with x's channels times `by`.
+// 8 columns of A, or of A^T, from column 8 half on, or of D: x y^T, with y's channels times `by`.
 template <bool Scaled, int N, typename X, typename Y>
 DEVICE void score(Lanes& to, const X& x, const Y& y, const float* by, int group, int half, u32 lane) {
     float s[4] = {0.f, 0.f, 0.f, 0.f};
+    Pair b[4];
 #pragma unroll
     for (int k = 0; k < N / 16; ++k) {
-        Pair a[4], b[4];
+        Pair a[4];
         x.rows(a, group * GROUP, 16 * k, lane);
-        if (k % 2 == 0) y.summed_channels(b, group * GROUP + 8 * half, 16 * k, lane);
-        if (Scaled) {
+        if (k % 2 == 0) {
+            y.summed_channels(b, group * GROUP + 8 * half, 16 * k, lane);
+            if (Scaled) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 f = *reinterpret_cast<const float2*>(by + 16 * k + 2 * (lane & 3) + 4 * (i & 2));
-                const float2 v = numbers_of(a[i]);
-                a[i] = pair_of(v.x * f.x, v.y * f.y);
+                for (int i = 0; i < 4; ++i) {
+                    const float2 f = *reinterpret_cast<const float2*>(by + 16 * k + 8 * i + 2 * (lane & 3));
+                    const float2 v = numbers_of(b[i]);
+                    b[i] = pair_of(v.x * f.x, v.y * f.y);
+                }
             }
         }
         multiply(s, a, b[k % 2 * 2], b[k % 2 * 2 + 1]);
@@ -331,13 +342,12 @@ DEVICE void add_to(uint2* at, uint2 x, bool add) {
 #endif
 
 // A group's 16 tokens by 16 channels from `column` on, 8 bytes a lane.
-DEVICE void store_group(const Output& out, const Segment& s, int token, const float (&o)[2][4], float scale, int column,
-                        int width, bool add, u32 lane) {
-    char* base = out.data + (s.batch * out.batch + s.head * out.head) * RAW_BYTES;
+DEVICE void store_group(const Output& out, long long origin, const Segment& s, int token, const float (&o)[2][4], float scale,
+                        int column, int width, bool add, u32 lane) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const int row = token + lane / 4 + 8 * e;
-        char* at = base + row * out.token * RAW_BYTES;
+        char* at = row_of(out.data + origin, row, out.token, RAW_BYTES);
 #if KIND == 2
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
@@ -380,16 +390,15 @@ DEVICE void decay_gradient(float (&later)[2], const float (&earlier)[2], bool op
     rest = __shfl_sync(~0u, later[0], lane & 3);
 }
 
-DEVICE float2* channels_of(const Output& out, const Segment& s, int token, int column) {
-    return reinterpret_cast<float2*>(reinterpret_cast<float*>(out.data) + s.batch * out.batch + s.head * out.head
-                                     + token * out.token + column);
+DEVICE float2* channels_of(const Output& out, long long origin, int token, int column) {
+    return reinterpret_cast<float2*>(row_of(out.data + origin, token, out.token, 4) + column * 4);
 }
 
-DEVICE float* scalar_of(const Output& out, const Segment& s, int token, int column) {
-    return reinterpret_cast<float*>(out.data) + s.batch * out.batch + s.head * out.head + token * out.token + column / 16;
+DEVICE float* scalar_of(const Output& out, long long origin, int token, int column) {
+    return reinterpret_cast<float*>(row_of(out.data + origin, token, out.token, 4) + column / 16 * 4);
 }
 
-// What an outer warp has of dlog_decay besides the state.
+// What a warp has of dlog_decay besides the state.
 struct Rest {
     float at[2][2];  // by its column of the output, as there; a scalar decay's in the first
 };
@@ -461,9 +470,9 @@ DEVICE void weigh_exactly(float (&others)[2][4], float (&self)[2][4], Lanes& sco
     __syncwarp();  // lanes had more or fewer pairs; products come next
 }
 
-// Of one group: what an outer warp's state gave, `through`, and what the group gives itself make dq or dk, and what goes
+// Of one group: what a warp's state gave, `through`, and what the group gives itself make dq or dk, and what goes
 // with it of dlog_decay.
-DEVICE void finish_outer(const RunParams& p, const Segment& s, int token, int group, const RunLayout& tiles, int stage,
+DEVICE void finish_outer(const RunParams& p, const Origins& from, const Segment& s, int token, int group, const RunLayout& tiles, int stage,
                          const Decayed& d, bool steep, Lanes& scores, const float (&through)[2][4],
                          const float (&scalar_dots)[2], Rest& rest, int column, u32 lane) {
     const PrimedTile keys = REVERSE ? tiles.primed_q(stage) : tiles.primed_k(stage);
@@ -537,7 +546,7 @@ DEVICE void finish_outer(const RunParams& p, const Segment& s, int token, int gr
                 } else if (DECAY == 1) {
                     sums[e] += a.x + b.x + a.y + b.y;
                 } else if (token + lane / 4 + 8 * e < s.end && at < p.dk) {
-                    *channels_of(p.dots, s, token + lane / 4 + 8 * e, at) = make_float2(a.x + b.x, a.y + b.y);
+                    *channels_of(p.dots, from.dots, token + lane / 4 + 8 * e, at) = make_float2(a.x + b.x, a.y + b.y);
                 }
             }
         }
@@ -548,8 +557,8 @@ DEVICE void finish_outer(const RunParams& p, const Segment& s, int token, int gr
 #pragma unroll
             for (int e = 0; e < 2; ++e)
                 if (token + lane / 4 + 8 * e < s.end && at < p.dk)
-                    add_to(channels_of(p.d_log, s, token + lane / 4 + 8 * e, at),
-                           make_float2(later[0][e] * p.scale, later[1][e] * p.scale), p.accumulate & 4);
+                    add_to(channels_of(p.d_log, from.d_log, token + lane / 4 + 8 * e, at),
+                           make_float2(later[0][e] * p.scale, later[1][e] * p.scale), p.accumulate & 2);
         }
     }
     if (DOTS && DECAY == 1) {
@@ -568,23 +577,24 @@ DEVICE void finish_outer(const RunParams& p, const Segment& s, int token, int gr
 #pragma unroll
         for (int e = 0; e < 2; ++e)
             if ((lane & 3) == 0 && token + lane / 4 + 8 * e < s.end && column < p.dk) {
-                float* to = scalar_of(REVERSE ? p.d_log : p.dots, s, token + lane / 4 + 8 * e, column);
-                *to = REVERSE ? sums[e] * p.scale + (p.accumulate & 4 ? *to : 0.f) : sums[e];
+                const int at = token + lane / 4 + 8 * e;
+                float* to = REVERSE ? scalar_of(p.d_log, from.d_log, at, column) : scalar_of(p.dots, from.dots, at, column);
+                *to = REVERSE ? sums[e] * p.scale + (p.accumulate & 2 ? *to : 0.f) : sums[e];
             }
     }
-    store_group(p.outer, s, token, out, p.scale, column, p.dk, p.accumulate & 2, lane);
+    store_group(p.out, from.out, s, token, out, p.scale, column, p.dk, p.accumulate & 1, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_constant__ RunParams p) {
     extern __shared__ uint4 raw[];
     __shared__ Decayed d;
-    __shared__ Lanes inner_scores, outer_scores;
+    __shared__ Lanes scores;
+    __shared__ Origins from;
     const RunLayout tiles{(char*)raw};
     const u32 warp = threadIdx.x / 32;
-    const bool inner = INNER && (!OUTER || warp < INNER_WARPS);
-    const int row = 16 * (inner ? warp : warp - INNER_WARPS);  // of the state, and column of the output
+    const int row = 16 * warp;  // of the state, and column of the output
     const int last = p.first[blockIdx.x + 1];
-    Slice state;  // an inner warp has its transpose, DK columns, an outer one DV
+    Slice state;  // (INNER) of its transpose, DK columns; (OUTER) DV
     Rest rest;
     int parity = 0;
     if (threadIdx.x < 2 * GROUPS) d.steep[threadIdx.x / GROUPS][threadIdx.x % GROUPS] = 0;
@@ -596,24 +606,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
         auto load = [&](int i) {
             if (i < n) {
                 const int token = token_of(i), stage = i % STAGES;
-                if (RunLayout::HAS_Q) load_tile<RAW_BYTES, DK, THREADS>(tiles.q(stage), p.q, p.dk, seg, token);
-                if (RunLayout::HAS_K) load_tile<RAW_BYTES, DK, THREADS>(tiles.k(stage), p.k, p.dk, seg, token);
-                if (RunLayout::HAS_V) load_tile<RAW_BYTES, DV, THREADS>(tiles.v(stage), p.v, p.dv, seg, token);
-                if (RunLayout::HAS_DO) load_tile<RAW_BYTES, DV, THREADS>(tiles.d_o(stage), p.d_o, p.dv, seg, token);
-                if (DECAY == 2) load_tile<LOG_BYTES, DK, THREADS>(tiles.log(stage), logs_of(p.decay), p.dk, seg, token);
-                if (RunLayout::HAS_DOTS) load_tile<4, DK, THREADS>(tiles.dots(stage), numbers_of(p.dots), p.dk, seg, token);
+                const int end = seg.end;
+                if (RunLayout::HAS_Q) load_tile<RAW_BYTES, DK, THREADS>(tiles.q(stage), p.q, from.q, p.dk, token, end);
+                if (RunLayout::HAS_K) load_tile<RAW_BYTES, DK, THREADS>(tiles.k(stage), p.k, from.k, p.dk, token, end);
+                if (RunLayout::HAS_V) load_tile<RAW_BYTES, DV, THREADS>(tiles.v(stage), p.v, from.v, p.dv, token, end);
+                if (RunLayout::HAS_DO)
+                    load_tile<RAW_BYTES, DV, THREADS>(tiles.d_o(stage), p.d_o, from.d_o, p.dv, token, end);
+                if (DECAY == 2)
+                    load_tile<LOG_BYTES, DK, THREADS>(tiles.log(stage), logs_of(p.decay), from.log, p.dk, token, end);
+                if (RunLayout::HAS_DOTS)
+                    load_tile<4, DK, THREADS>(tiles.dots(stage), numbers_of(p.dots), from.dots, p.dk, token, end);
                 next_log = scalar_log(p.decay, seg, token);
             }
             copy_async_commit();
         };
         u32 lane = anew(threadIdx.x % 32);
+        if (threadIdx.x == 0) {
+            const Origins all = {p.q.origin(seg, RAW_BYTES), p.k.origin(seg, RAW_BYTES), p.v.origin(seg, RAW_BYTES),
+                                 p.d_o.origin(seg, RAW_BYTES), logs_of(p.decay).origin(seg, LOG_BYTES),
+                                 numbers_of(p.dots).origin(seg, 4), numbers_of(p.out).origin(seg, RAW_BYTES),
+                                 numbers_of(p.d_log).origin(seg, 4)};
+            from = all;
+        }
         __syncthreads();
         load(0);
         const float* entry = p.entries + (long long)seg.slot * p.dk * p.dv;
         auto enter = [&](int k, int v, float& x) {
             x = (seg.flags & p.entered) && k < p.dk && v < p.dv ? entry[k * p.dv + v] * p.entry_scale : 0.f;
         };
-        if (inner) {
+        if (INNER) {
             state.each<DK>(row, lane, [&](int v, int k, float& x) { enter(k, v, x); });
         } else {
             state.each<DV>(row, lane, enter);
@@ -636,36 +657,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
                 __syncthreads();
             }
             float scalar_dots[GROUPS][2];
-            if (DOTS && REVERSE && DECAY == 1 && !inner) {
+            if (DOTS && REVERSE && DECAY == 1) {
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         const int at = token + g * GROUP + lane / 4 + 8 * e;
-                        scalar_dots[g][e] = at < seg.end && row < p.dk ? *scalar_of(p.dots, seg, at, row) : 0.f;
+                        scalar_dots[g][e] = at < seg.end && row < p.dk ? *scalar_of(p.dots, from.dots, at, row) : 0.f;
                     }
             }
             if (INTRA) {
-                if (inner) {
+                if (INNER) {
                     if (warp < 2 * GROUPS && !(DECAY && d.steep[parity][warp / 2]))
-                        score<DECAY != 0, DK>(inner_scores, inner_x, keys, d.back[warp / 2], warp / 2, warp % 2, lane);
+                        score<DECAY != 0, DK>(scores, inner_x, keys, d.back[warp / 2], warp / 2, warp % 2, lane);
                     if (DECAY)
 #pragma unroll 1
                         for (int g = 0; g < GROUPS; ++g)
                             if (d.steep[parity][g])
                                 // Rows differ in length: a warp has short and long ones.
-                                for (int r = 0; r < GROUP; r += SCORERS)
-                                    score_exactly(inner_scores, p, seg, token + g * GROUP, g,
-                                                  r / SCORERS % 2 ? r + SCORERS - 1 - warp : r + warp, lane);
-                } else if (row / 16 < 2 * GROUPS) {
-                    score<false, DV>(outer_scores, outer_x, values, nullptr, row / 32, row / 16 % 2, lane);
+                                for (int r = 0; r < GROUP; r += WARPS)
+                                    score_exactly(scores, p, seg, token + g * GROUP, g,
+                                                  r / WARPS % 2 ? r + WARPS - 1 - warp : r + warp, lane);
+                } else if (warp < 2 * GROUPS) {
+                    score<false, DV>(scores, outer_x, values, nullptr, warp / 2, warp % 2, lane);
                 }
             }
             float o[GROUPS][2][4];
 #pragma unroll
             for (int step = 0; step < GROUPS; ++step) {
                 const int g = REVERSE ? GROUPS - 1 - step : step;
-                if (inner) {
+                if (INNER) {
                     state.apply<DK>(o[g], inner_x, g, lane);
                     if (DECAY) state.scale_columns<DK>(d.through[g], lane);
                     if (INTRA) state.update<DK>(values, keys, g, row, lane);
@@ -679,17 +700,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
 #pragma unroll
             for (int step = 0; step < GROUPS; ++step) {
                 const int g = REVERSE ? GROUPS - 1 - step : step, at = token + g * GROUP;
-                if (inner) {
+                if (INNER) {
                     if (INTRA) {
                         Pair b[4];
                         values.summed_tokens(b, g * GROUP, row, lane);
-                        const Part part = inner_scores[g][lane];
+                        const Part part = scores[g][lane];
                         multiply(o[g][0], part.a, b[0], b[1]);
                         multiply(o[g][1], part.a, b[2], b[3]);
                     }
-                    store_group(p.inner, seg, at, o[g], p.scale, row, p.dv, p.accumulate & 1, lane);
+                    store_group(p.out, from.out, seg, at, o[g], p.scale, row, p.dv, p.accumulate & 1, lane);
                 } else {
-                    finish_outer(p, seg, at, g, tiles, stage, d, DECAY && d.steep_slice(parity, g, row), outer_scores, o[g],
+                    finish_outer(p, from, seg, at, g, tiles, stage, d, DECAY && d.steep_slice(parity, g, row), scores, o[g],
                                  scalar_dots[g], rest, row, lane);
                 }
             }

@@ -38,14 +38,8 @@ const DEVICES: [(&str, i64); 3] = [("sm_80", 163 << 10), ("sm_86", 99 << 10), ("
 /// Every variant that a call launches.
 fn variants(kind: Kind, decay: Form, dk: i64, dv: i64) -> Vec<Variant> {
     let o = Variant { dk, dv, ..Variant::forward(kind, decay) };
-    let dq = Variant { inner: false, outer: true, dots: decay != Form::None, ..o };
-    let mut all = vec![o, Variant { late: true, ..o }, dq];
-    if kind == Kind::Float {
-        all.extend([Variant { reverse: true, ..o }, Variant { reverse: true, ..dq }]);
-    } else {
-        all.push(Variant { reverse: true, inner: true, ..dq });
-    }
-    all
+    let dq = Variant { outer: true, dots: decay != Form::None, ..o };
+    vec![o, Variant { late: true, ..o }, dq, Variant { reverse: true, ..o }, Variant { reverse: true, ..dq }]
 }
 
 #[test]

@@ -247,7 +247,8 @@ fn activations(config: &Config, s: &Sizes) -> Activations {
     // Of the layer that backward is in.
     let (x, layer) = (tokens * s.d * s.width, largest(s, linear, softmax));
     // The last norm and the loss are done when backward gets to a layer, whose x is one of those kept.
-    let again = if in_parts(config) { (layer - kept_mlp(s) + kept_mlp_in_parts(s) - x).max(last) } else { layer + last };
+    let again =
+        if in_parts(config) { (layer - kept_mlp(s) + kept_mlp_in_parts(s) - x).max(last) } else { layer + last };
     Activations {
         linear_layer: linear,
         softmax_layer: softmax,

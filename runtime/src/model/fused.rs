@@ -172,7 +172,8 @@ pub(super) fn mlp_in_parts(layer: &Mlp, x: &Tensor, hidden: i64, output: Output)
             Output::Unread => Tensor::f_zeros([1], (x.kind(), x.device()))?.f_expand(x.size(), false)?,
             Output::Read => {
                 let of = |x: &Tensor| Gated::new(layer, x)?.output(layer);
-                by_parts(&x_rows, &parts, |from, count| of(&x_rows.f_narrow(0, from, count)?))?.f_view(x.size().as_slice())?
+                by_parts(&x_rows, &parts, |from, count| of(&x_rows.f_narrow(0, from, count)?))?
+                    .f_view(x.size().as_slice())?
             }
         };
         (y, x_rows)

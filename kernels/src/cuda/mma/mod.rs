@@ -16,7 +16,7 @@ use super::{Gpu, Kernel, gpu, linear};
 use crate::Result;
 use crate::linear::{Decay, Inputs, Piece, StateMixer};
 pub use passes::{Form, LINEAR_MMA, Variant};
-use passes::{Run, SLICE, WIDEST, dual, widest};
+use passes::{Run, SLICE, WIDEST, widest};
 
 /// The kernels that models use: Hopper's own for what they take, then those of this module, then `other`.
 pub fn families<M: StateMixer + 'static>(other: M) -> Arc<dyn StateMixer> {
@@ -78,8 +78,8 @@ impl Family for Mma {
     }
 
     fn output(call: &Call<Self>, x: &Pass, late: bool, o: Out) -> Result<()> {
-        let inner = Some(o);
-        call.run(false, late, &Run { x, d_o: None, inner, outer: None, entry_scale: 1.0, dots: None, decay_grad: None })
+        let run = Run { x, d_o: None, outer: false, out: o, entry_scale: 1.0, dots: None, decay_grad: None };
+        call.run(false, late, &run)
     }
 
     /// In the place of the result where that is not wanted for another part too.
@@ -93,8 +93,8 @@ impl Family for Mma {
     }
 
     fn queries(call: &Call<Self>, x: &Pass, d_o: &Tensor, dq: Out, dots: Option<&Tensor>) -> Result<()> {
-        let (d_o, outer) = (Some(d_o), Some(dq));
-        call.run(false, false, &Run { x, d_o, inner: None, outer, entry_scale: 1.0, dots, decay_grad: None })
+        let d_o = Some(d_o);
+        call.run(false, false, &Run { x, d_o, outer: true, out: dq, entry_scale: 1.0, dots, decay_grad: None })
     }
 
     fn keys(call: &Call<Self>, x: &Pass, d_o: &Tensor, dk: Out, dv: Out, decay: Option<DecayGrad>) -> Result<()> {
@@ -107,17 +107,10 @@ impl Family for Mma {
         };
         let out = to.as_ref().map(|to| Out { to, add: !scalar && x.part.v.0 > 0 });
         let decay_grad = decay.as_ref().zip(out).map(|(decay, out)| DecayGrad { out, ..*decay });
-        let run = |inner: Option<Out>, outer: Option<Out>| {
-            let decay_grad = decay_grad.as_ref().filter(|_| outer.is_some());
-            let dots = decay_grad.map(|grad| grad.dots);
-            let entry_scale = 1.0 / x.scale;
-            call.run(true, false, &Run { x, d_o: Some(d_o), inner, outer, entry_scale, dots, decay_grad })
-        };
-        if dual(call.kind) {
-            run(Some(dv), Some(dk))?;
-        } else {
-            run(Some(dv), None)?;
-            run(None, Some(dk))?;
+        for (outer, out) in [(false, dv), (true, dk)] {
+            let decay_grad = decay_grad.as_ref().filter(|_| outer);
+            let (entry_scale, dots) = (1.0 / x.scale, decay_grad.map(|grad| grad.dots));
+            call.run(true, false, &Run { x, d_o: Some(d_o), outer, out, entry_scale, dots, decay_grad })?;
         }
         if let (true, Some(decay), Some(slices)) = (scalar, &decay, &to) {
             let sum = slices.f_sum_dim_intlist(-1, false, Kind::Float)?;

@@ -47,8 +47,7 @@ pub struct Variant {
     /// Whether a decay per channel comes in the inputs' kind, bf16 or f16, rather than in f32.
     pub half_decay: bool,
     pub reverse: bool,
-    /// o, or in reverse dv; and dq, or in reverse dk.
-    pub inner: bool,
+    /// dq, or in reverse dk; otherwise o, or in reverse dv.
     pub outer: bool,
     /// Only what an entering state adds.
     pub late: bool,
@@ -61,7 +60,7 @@ impl Variant {
     /// That makes o, of heads of 128.
     pub fn forward(kind: Kind, decay: Form) -> Self {
         let [half_decay, reverse, outer, late, dots] = [false; 5];
-        Self { kind, decay, half_decay, reverse, inner: true, outer, late, dots, dk: WIDEST, dv: WIDEST }
+        Self { kind, decay, half_decay, reverse, outer, late, dots, dk: WIDEST, dv: WIDEST }
     }
 
     fn kind(&self) -> i64 {
@@ -82,7 +81,7 @@ impl Variant {
 
     pub fn threads(&self) -> i64 {
         let (dk, dv) = self.padded();
-        2 * (i64::from(self.inner) * dv + i64::from(self.outer) * dk)
+        2 * if self.outer { dk } else { dv }
     }
 
     /// Bytes of the tiles of one stage, and of q' and k' behind them, as `Layout` of groups.cuh has them. `[q, k]`: whether
@@ -99,12 +98,13 @@ impl Variant {
     }
 
     fn run_tiles(&self) -> (i64, i64) {
-        let Self { reverse, inner, outer, late, dots, .. } = *self;
+        let Self { reverse, outer, late, dots, .. } = *self;
+        let inner = !outer;
         let keys = [inner || reverse || dots, !late && (inner || !reverse || dots)];
         let values = [!late && (outer || !reverse), outer || reverse];
         let primed = [inner || reverse, !late && (inner || !reverse)];
         let channels = self.decay == Form::Channel;
-        let factors = channels && outer && (inner || self.half_decay);
+        let factors = channels && outer && self.half_decay;
         self.tiles(keys, values, primed, channels && dots && reverse, factors)
     }
 
@@ -123,7 +123,7 @@ impl Variant {
 
     /// Blocks of `threads` that a multiprocessor's registers are to hold, as `AT_ONCE` and `SUM_AT_ONCE` of linear_mma.cu.
     pub fn at_once(&self, threads: i64) -> i64 {
-        if self.kind() == 0 || threads > 256 { 512 / threads } else { 256 / threads }
+        if self.kind() == 0 { 512 / threads } else { 256 / threads }
     }
 
     fn sum_threads(&self) -> i64 {
@@ -149,7 +149,6 @@ impl Variant {
             format!("DECAY={}", self.decay as i32),
             format!("LOG_BYTES={}", self.log_bytes()),
             format!("REVERSE={}", i32::from(self.reverse)),
-            format!("INNER={}", i32::from(self.inner)),
             format!("OUTER={}", i32::from(self.outer)),
             format!("INTRA={}", i32::from(!self.late)),
             format!("DOTS={}", i32::from(self.dots)),
@@ -173,24 +172,17 @@ impl Variant {
 /// The largest key and value sizes of one launch where a block has `gpu_shared` bytes of shared memory: K is halved where the
 /// pass that needs most, that of dk and dlog_decay, would not fit.
 pub fn widest(kind: Kind, gpu_shared: i64) -> (i64, i64) {
-    let of = |dk| {
-        let (reverse, inner, outer, dots) = (true, dual(kind), true, true);
-        Variant { reverse, inner, outer, dots, dk, ..Variant::forward(kind, Form::Channel) }
-    };
+    let of = |dk| Variant { reverse: true, outer: true, dots: true, dk, ..Variant::forward(kind, Form::Channel) };
     (if of(WIDEST).fits(gpu_shared) { WIDEST } else { WIDEST / 2 }, WIDEST)
-}
-
-/// Whether one pass makes dv and dk, but for f32, which would need more registers than there are.
-pub fn dual(kind: Kind) -> bool {
-    kind != Kind::Float && std::env::var_os("LASP_SPLIT").is_none()
 }
 
 /// A pass over all tokens; which tensors it reads, linear_mma.cu says.
 pub struct Run<'a> {
     pub x: &'a Pass<'a>,
     pub d_o: Option<&'a Tensor>,
-    pub inner: Option<Out<'a>>,
-    pub outer: Option<Out<'a>>,
+    /// Whether the output is dq or dk, rather than o or dv.
+    pub outer: bool,
+    pub out: Out<'a>,
     pub entry_scale: f64,
     /// f32 `[B, T, H, K]`, or for a scalar decay `[B, T, H, K / 16]`: what dq's pass leaves for dk's; may be where that writes,
     /// if it adds nothing to what is there.
@@ -209,8 +201,7 @@ impl Call<Mma> {
     /// Sums of `scale key^T value` and of the log-decays, for the segments with a flag of `which`.
     pub fn summarize(&self, sums: &Sums, which: i32, key: &Tensor, value: &Tensor, scale: f64) -> Result<()> {
         let (dk, dv) = (key.size()[3], value.size()[3]);
-        let dual = sums.reverse && dual(self.kind);
-        let variant = Variant { reverse: sums.reverse, outer: dual, ..self.variant(dk, dv) };
+        let variant = Variant { reverse: sums.reverse, ..self.variant(dk, dv) };
         let (kernel, shared) = variant.kernel(&self.family.gpu, self.device, "summarize")?;
         let params = Params::default()
             .strided(Some(key))
@@ -239,31 +230,21 @@ impl Call<Mma> {
     /// `late`: only what entering states add to o, for the tokens of pieces that one enters.
     pub fn run<'a>(&self, reverse: bool, late: bool, run: &Run<'a>) -> Result<()> {
         let work = if late { &self.plan.entered } else { &self.plan.all };
-        let Run { x, d_o, inner, outer, entry_scale, dots, decay_grad } = run;
+        let Run { x, d_o, outer, out, entry_scale, dots, decay_grad } = run;
         let ((_, dk), (_, dv)) = (x.part.k, x.part.v);
-        let variant = Variant {
-            reverse,
-            inner: inner.is_some(),
-            outer: outer.is_some(),
-            late,
-            dots: dots.is_some(),
-            ..self.variant(dk, dv)
-        };
+        let variant = Variant { reverse, outer: *outer, late, dots: dots.is_some(), ..self.variant(dk, dv) };
         let (kernel, shared) = variant.kernel(&self.family.gpu, self.device, "run")?;
         let d_log = decay_grad.map(|grad| &grad.out);
-        let to = |out: Option<&Out<'a>>| out.map(|out| out.to);
         let adds = |out: Option<&Out>| i64::from(out.is_some_and(|out| out.add));
-        let (inner, outer) = (inner.as_ref(), outer.as_ref());
         let params = Params::default()
             .strided(Some(&x.q))
             .strided(Some(&x.k))
             .strided(Some(&x.v))
             .strided(*d_o)
             .strided(x.log_decay.as_ref())
-            .strided(to(inner))
-            .strided(to(outer))
+            .strided(Some(out.to))
             .strided(*dots)
-            .strided(to(d_log))
+            .strided(d_log.map(|out| out.to))
             .pointer(Some(&work.segments))
             .pointer(Some(&work.first))
             .pointer(Some(x.entries))
@@ -273,7 +254,7 @@ impl Call<Mma> {
             .f32(*entry_scale)
             .i32(dk)
             .i32(dv)
-            .i32(adds(inner) + 2 * adds(outer) + 4 * adds(d_log))
+            .i32(adds(Some(out)) + 2 * adds(d_log))
             .i32(i64::from(plan::entered(reverse, (true, x.ends))))
             .words();
         let launch = Launch { grid: [work.blocks, 1, 1], block: variant.threads() as u32, shared };
@@ -298,8 +279,8 @@ mod tests {
                 for (decay, half_decay) in decays.into_iter().filter(|(_, half)| !half || kind != Kind::Float) {
                     let o = Variant { half_decay, dk, dv, ..Variant::forward(kind, decay) };
                     let dots = decay != Form::None;
-                    let dq = Variant { inner: false, outer: true, dots, ..o };
-                    let dk = Variant { reverse: true, inner: dual(kind), ..dq };
+                    let dq = Variant { outer: true, dots, ..o };
+                    let dk = Variant { reverse: true, ..dq };
                     for variant in [o, Variant { late: true, ..o }, dq, dk, Variant { reverse: true, ..o }] {
                         for (stages, bytes) in variant.shared(gpu_shared) {
                             assert!(
