@@ -98,13 +98,10 @@ template <int BYTES>
 struct Tile {
     char* data;
 
-    static DEVICE u32 permuted(u32 row) {
-        return BYTES == 2 ? row & 7 : ((row << 1) & 6) ^ ((row >> 2 & 1) * 3);
-    }
-
     static DEVICE u32 place(u32 row, u32 column) {
         const u32 byte = column * BYTES, piece = byte % ROW_BLOCK / 16;
-        return byte / ROW_BLOCK * (CHUNK * ROW_BLOCK) + row * ROW_BLOCK + ((piece ^ permuted(row)) << 4) + byte % 16;
+        const u32 by = BYTES == 2 ? row & 7 : ((row << 1) & 6) ^ ((row >> 2 & 1) * 3);
+        return byte / ROW_BLOCK * (CHUNK * ROW_BLOCK) + row * ROW_BLOCK + ((piece ^ by) << 4) + byte % 16;
     }
 
     template <typename T>
@@ -114,21 +111,6 @@ struct Tile {
 
     DEVICE u32 address(int row, int column) const {
         return shared_address(data) + place(row, column);
-    }
-
-    // A T in the rows from `row`, a multiple of 8, on: `row + t` is an exclusive or away, by a constant.
-    struct Column {
-        char* data;
-        u32 first;
-
-        template <typename T>
-        DEVICE T& at(int t) const {
-            return *reinterpret_cast<T*>(data + (first ^ permuted(t) << 4) + t * ROW_BLOCK);
-        }
-    };
-
-    DEVICE Column column(int row, int column) const {
-        return {data, place(row, column)};
     }
 
     // Of 16-bit numbers.

@@ -25,23 +25,7 @@ typedef Tile<4> NumberTile;
 struct Input {
     const char* data;
     long long batch, token, head;  // strides in numbers
-
-    // Where a segment's head begins, in bytes from `data`.
-    DEVICE long long origin(const Segment& s, int bytes) const {
-        return (s.batch * batch + s.head * head) * bytes;
-    }
 };
-
-// That of all tensors of a pass: one thread computes it for all, once a segment.
-struct Origins {
-    long long q, k, v, d_o, log, dots, out, d_log;
-};
-
-// A token's row of a head, where neighbouring tokens are `stride` numbers apart.
-template <typename T>
-DEVICE T* row_of(T* head, u32 token, long long stride, int bytes) {
-    return head + (u64)token * ((u32)stride * bytes);
-}
 
 // [B, T, H], f32, or [B, T, H, K], natural logarithms.
 struct Decays {
@@ -105,17 +89,19 @@ struct Layout {
 
 // Tokens `token`.. of a segment, zeros beyond its end and beyond `width` channels.
 template <int BYTES, int PADDED, int THREADS>
-DEVICE void load_tile(Tile<BYTES> to, const Input& from, long long origin, int width, int token, int end) {
+DEVICE void load_tile(Tile<BYTES> to, const Input& from, int width, const Segment& s, int token) {
     constexpr int NUMBERS = 16 / BYTES, PIECES = PADDED / NUMBERS, ROWS = THREADS / PIECES;
     static_assert(THREADS % PIECES == 0, "a thread has one column");
     const u32 thread = anew(threadIdx.x), first = thread / PIECES, column = thread % PIECES * NUMBERS;
-    const char* at = row_of(from.data + origin, token + first, from.token, BYTES) + column * BYTES;
-    const int valid = (int)column < width ? end - token : 0;
+    // The same for all threads, and 32 bits of their own.
+    const char* base = from.data + (s.batch * from.batch + s.head * from.head + token * from.token) * BYTES;
+    const char* at = base + (first * (u32)from.token + column) * BYTES;
+    const int valid = (int)column < width ? s.end - token : 0;
 #pragma unroll
     for (int i = 0; i < (CHUNK + ROWS - 1) / ROWS; ++i) {
         const u32 row = first + i * ROWS;
         if (CHUNK % ROWS && row >= CHUNK) break;
-        copy_async(to.address(row, column), row_of(at, i * ROWS, from.token, BYTES), (int)row < valid ? 16 : 0);
+        copy_async(to.address(row, column), at + i * ROWS * BYTES * from.token, (int)row < valid ? 16 : 0);
     }
 }
 
@@ -134,12 +120,12 @@ struct alignas(16) Decayed {
     }
 };
 
-DEVICE float2 log_pair(const Decayed& d, const LogTile::Column& logs, u32 row, int t) {
+DEVICE float2 log_pair(const Decayed& d, const LogTile& tile, u32 row, u32 column) {
     if (DECAY == 2) {
-        const float2 x = LOG_BYTES == 2 ? numbers_of_raw(logs.at<Raw>(t)) : logs.at<float2>(t);
+        const float2 x = LOG_BYTES == 2 ? numbers_of_raw(tile.at<Raw>(row, column)) : tile.at<float2>(row, column);
         return make_float2(x.x * LOG2E, x.y * LOG2E);
     }
-    return make_float2(d.scalars[row + t], d.scalars[row + t]);
+    return make_float2(d.scalars[row], d.scalars[row]);
 }
 
 // What `prime` does for one group's two channels, one way through its tokens: q' and, if `Factors`, the factors of dq; or
@@ -147,9 +133,8 @@ DEVICE float2 log_pair(const Decayed& d, const LogTile::Column& logs, u32 row, i
 template <bool Backwards, bool Factors, typename L, typename Log>
 DEVICE float2 prime_group(const L& tiles, int s, Decayed& d, u32 row, u32 column, Log log) {
     constexpr bool WANTED = Backwards ? L::PRIME_K : L::PRIME_Q;
-    const RawTile::Column from = (Backwards ? tiles.k(s) : tiles.q(s)).column(row, column);
-    const PrimedTile::Column to = (Backwards ? tiles.primed_k(s) : tiles.primed_q(s)).column(row, column);
-    const NumberTile::Column factors = tiles.factors(s).column(row, column);
+    const RawTile from = Backwards ? tiles.k(s) : tiles.q(s);
+    const PrimedTile to = Backwards ? tiles.primed_k(s) : tiles.primed_q(s);
     float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
@@ -158,10 +143,10 @@ DEVICE float2 prime_group(const L& tiles, int s, Decayed& d, u32 row, u32 column
         if (!Backwards) sum = make_float2(sum.x + g.x, sum.y + g.y);
         const float2 f = make_float2(exp2_fast(sum.x), exp2_fast(sum.y));
         if (WANTED) {
-            const float2 x = numbers_of_raw(from.at<Raw>(t));
-            to.at<Pair>(t) = pair_of(x.x * f.x, x.y * f.y);
+            const float2 x = numbers_of_raw(from.at<Raw>(row + t, column));
+            to.at<Pair>(row + t, column) = pair_of(x.x * f.x, x.y * f.y);
         }
-        if (Factors && DECAY == 2) factors.at<float2>(t) = f;
+        if (Factors && DECAY == 2) tiles.factors(s).template at<float2>(row + t, column) = f;
         if (Factors && DECAY == 1 && column == 0) d.factors[row + t] = f.x;
         if (Backwards) sum = make_float2(sum.x + g.x, sum.y + g.y);
     }
@@ -182,16 +167,15 @@ DEVICE void prime(const L& tiles, int s, Decayed& d, int parity) {
         const u32 unit = anew(threadIdx.x) + i * THREADS;
         const u32 column = unit % PAIRS * 2, group = unit / PAIRS % GROUPS, row = group * GROUP;
         const bool backwards = BACKWARDS && (!FORWARDS || unit >= GROUPS * PAIRS), mine = UNITS % THREADS == 0 || unit < UNITS;
-        const LogTile::Column column_of_logs = logs.column(row, column);
         float2 kept[KEEP ? GROUP : 1];
         if (KEEP) {
             if (mine)
 #pragma unroll
-                for (int t = 0; t < GROUP; ++t) kept[t] = log_pair(d, column_of_logs, row, t);
+                for (int t = 0; t < GROUP; ++t) kept[t] = log_pair(d, logs, row + t, column);
             __syncthreads();
         }
         if (!mine) continue;
-        auto log = [&](int t) { return KEEP ? kept[t] : log_pair(d, column_of_logs, row, t); };
+        auto log = [&](int t) { return KEEP ? kept[t] : log_pair(d, logs, row + t, column); };
         const float2 sum = backwards ? prime_group<true, Outer && REVERSE>(tiles, s, d, row, column, log)
                                      : prime_group<false, Outer && !REVERSE>(tiles, s, d, row, column, log);
         if (backwards != FORWARDS) {

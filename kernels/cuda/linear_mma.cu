@@ -104,7 +104,6 @@ typedef Layout<REVERSE, !REVERSE, !REVERSE, REVERSE, REVERSE, !REVERSE, false, f
 extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_AT_ONCE) summarize(const __grid_constant__ SummarizeParams p) {
     extern __shared__ uint4 raw[];
     __shared__ Decayed d;
-    __shared__ Origins from;
     const SumLayout tiles{(char*)raw};
     const u32 lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const int last = p.first[blockIdx.x + 1];
@@ -118,20 +117,13 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_AT_ONCE) summarize
         auto load = [&](int i) {
             if (i < n) {
                 const int token = token_of(i), stage = i % SUM_STAGES;
-                auto keys = REVERSE ? tiles.q(stage) : tiles.k(stage), values = REVERSE ? tiles.d_o(stage) : tiles.v(stage);
-                load_tile<RAW_BYTES, DK, SUM_THREADS>(keys, p.key, from.k, p.dk, token, seg.end);
-                load_tile<RAW_BYTES, DV, SUM_THREADS>(values, p.value, from.v, p.dv, token, seg.end);
-                if (DECAY == 2)
-                    load_tile<LOG_BYTES, DK, SUM_THREADS>(tiles.log(stage), logs_of(p.decay), from.log, p.dk, token, seg.end);
+                load_tile<RAW_BYTES, DK, SUM_THREADS>(REVERSE ? tiles.q(stage) : tiles.k(stage), p.key, p.dk, seg, token);
+                load_tile<RAW_BYTES, DV, SUM_THREADS>(REVERSE ? tiles.d_o(stage) : tiles.v(stage), p.value, p.dv, seg, token);
+                if (DECAY == 2) load_tile<LOG_BYTES, DK, SUM_THREADS>(tiles.log(stage), logs_of(p.decay), p.dk, seg, token);
                 next_log = scalar_log(p.decay, seg, token);
             }
             copy_async_commit();
         };
-        if (threadIdx.x == 0) {
-            from.k = p.key.origin(seg, RAW_BYTES);
-            from.v = p.value.origin(seg, RAW_BYTES);
-            from.log = logs_of(p.decay).origin(seg, LOG_BYTES);
-        }
         __syncthreads();
         load(0);
         state.each<DK>(row, lane, [](int, int, float& x) { x = 0.f; });
@@ -220,24 +212,21 @@ DEVICE float2 raw_log_pair(const Decays& d, const Segment& s, int token, int col
     return make_float2(x.x * LOG2E, x.y * LOG2E);
 }
 
-// 8 columns of A, or of A^T, from column 8 half on, or of D: x y^T, with y's channels times `by`.
+// 8 columns of A, or of A^T, from column 8 half on, or of D: x y^T, with x's channels times `by`.
 template <bool Scaled, int N, typename X, typename Y>
 DEVICE void score(Lanes& to, const X& x, const Y& y, const float* by, int group, int half, u32 lane) {
     float s[4] = {0.f, 0.f, 0.f, 0.f};
-    Pair b[4];
 #pragma unroll
     for (int k = 0; k < N / 16; ++k) {
-        Pair a[4];
+        Pair a[4], b[4];
         x.rows(a, group * GROUP, 16 * k, lane);
-        if (k % 2 == 0) {
-            y.summed_channels(b, group * GROUP + 8 * half, 16 * k, lane);
-            if (Scaled) {
+        if (k % 2 == 0) y.summed_channels(b, group * GROUP + 8 * half, 16 * k, lane);
+        if (Scaled) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float2 f = *reinterpret_cast<const float2*>(by + 16 * k + 8 * i + 2 * (lane & 3));
-                    const float2 v = numbers_of(b[i]);
-                    b[i] = pair_of(v.x * f.x, v.y * f.y);
-                }
+            for (int i = 0; i < 4; ++i) {
+                const float2 f = *reinterpret_cast<const float2*>(by + 16 * k + 2 * (lane & 3) + 4 * (i & 2));
+                const float2 v = numbers_of(a[i]);
+                a[i] = pair_of(v.x * f.x, v.y * f.y);
             }
         }
         multiply(s, a, b[k % 2 * 2], b[k % 2 * 2 + 1]);
@@ -342,12 +331,13 @@ DEVICE void add_to(uint2* at, uint2 x, bool add) {
 #endif
 
 // A group's 16 tokens by 16 channels from `column` on, 8 bytes a lane.
-DEVICE void store_group(const Output& out, long long origin, const Segment& s, int token, const float (&o)[2][4], float scale,
-                        int column, int width, bool add, u32 lane) {
+DEVICE void store_group(const Output& out, const Segment& s, int token, const float (&o)[2][4], float scale, int column,
+                        int width, bool add, u32 lane) {
+    char* base = out.data + (s.batch * out.batch + s.head * out.head) * RAW_BYTES;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const int row = token + lane / 4 + 8 * e;
-        char* at = row_of(out.data + origin, row, out.token, RAW_BYTES);
+        char* at = base + row * out.token * RAW_BYTES;
 #if KIND == 2
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
@@ -390,12 +380,13 @@ DEVICE void decay_gradient(float (&later)[2], const float (&earlier)[2], bool op
     rest = __shfl_sync(~0u, later[0], lane & 3);
 }
 
-DEVICE float2* channels_of(const Output& out, long long origin, int token, int column) {
-    return reinterpret_cast<float2*>(row_of(out.data + origin, token, out.token, 4) + column * 4);
+DEVICE float2* channels_of(const Output& out, const Segment& s, int token, int column) {
+    return reinterpret_cast<float2*>(reinterpret_cast<float*>(out.data) + s.batch * out.batch + s.head * out.head
+                                     + token * out.token + column);
 }
 
-DEVICE float* scalar_of(const Output& out, long long origin, int token, int column) {
-    return reinterpret_cast<float*>(row_of(out.data + origin, token, out.token, 4) + column / 16 * 4);
+DEVICE float* scalar_of(const Output& out, const Segment& s, int token, int column) {
+    return reinterpret_cast<float*>(out.data) + s.batch * out.batch + s.head * out.head + token * out.token + column / 16;
 }
 
 // What a warp has of dlog_decay besides the state.
@@ -472,7 +463,7 @@ DEVICE void weigh_exactly(float (&others)[2][4], float (&self)[2][4], Lanes& sco
 
 // Of one group: what a warp's state gave, `through`, and what the group gives itself make dq or dk, and what goes
 // with it of dlog_decay.
-DEVICE void finish_outer(const RunParams& p, const Origins& from, const Segment& s, int token, int group, const RunLayout& tiles, int stage,
+DEVICE void finish_outer(const RunParams& p, const Segment& s, int token, int group, const RunLayout& tiles, int stage,
                          const Decayed& d, bool steep, Lanes& scores, const float (&through)[2][4],
                          const float (&scalar_dots)[2], Rest& rest, int column, u32 lane) {
     const PrimedTile keys = REVERSE ? tiles.primed_q(stage) : tiles.primed_k(stage);
@@ -546,7 +537,7 @@ DEVICE void finish_outer(const RunParams& p, const Origins& from, const Segment&
                 } else if (DECAY == 1) {
                     sums[e] += a.x + b.x + a.y + b.y;
                 } else if (token + lane / 4 + 8 * e < s.end && at < p.dk) {
-                    *channels_of(p.dots, from.dots, token + lane / 4 + 8 * e, at) = make_float2(a.x + b.x, a.y + b.y);
+                    *channels_of(p.dots, s, token + lane / 4 + 8 * e, at) = make_float2(a.x + b.x, a.y + b.y);
                 }
             }
         }
@@ -557,7 +548,7 @@ DEVICE void finish_outer(const RunParams& p, const Origins& from, const Segment&
 #pragma unroll
             for (int e = 0; e < 2; ++e)
                 if (token + lane / 4 + 8 * e < s.end && at < p.dk)
-                    add_to(channels_of(p.d_log, from.d_log, token + lane / 4 + 8 * e, at),
+                    add_to(channels_of(p.d_log, s, token + lane / 4 + 8 * e, at),
                            make_float2(later[0][e] * p.scale, later[1][e] * p.scale), p.accumulate & 2);
         }
     }
@@ -577,19 +568,17 @@ DEVICE void finish_outer(const RunParams& p, const Origins& from, const Segment&
 #pragma unroll
         for (int e = 0; e < 2; ++e)
             if ((lane & 3) == 0 && token + lane / 4 + 8 * e < s.end && column < p.dk) {
-                const int at = token + lane / 4 + 8 * e;
-                float* to = REVERSE ? scalar_of(p.d_log, from.d_log, at, column) : scalar_of(p.dots, from.dots, at, column);
+                float* to = scalar_of(REVERSE ? p.d_log : p.dots, s, token + lane / 4 + 8 * e, column);
                 *to = REVERSE ? sums[e] * p.scale + (p.accumulate & 2 ? *to : 0.f) : sums[e];
             }
     }
-    store_group(p.out, from.out, s, token, out, p.scale, column, p.dk, p.accumulate & 1, lane);
+    store_group(p.out, s, token, out, p.scale, column, p.dk, p.accumulate & 1, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_constant__ RunParams p) {
     extern __shared__ uint4 raw[];
     __shared__ Decayed d;
     __shared__ Lanes scores;
-    __shared__ Origins from;
     const RunLayout tiles{(char*)raw};
     const u32 warp = threadIdx.x / 32;
     const int row = 16 * warp;  // of the state, and column of the output
@@ -606,28 +595,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
         auto load = [&](int i) {
             if (i < n) {
                 const int token = token_of(i), stage = i % STAGES;
-                const int end = seg.end;
-                if (RunLayout::HAS_Q) load_tile<RAW_BYTES, DK, THREADS>(tiles.q(stage), p.q, from.q, p.dk, token, end);
-                if (RunLayout::HAS_K) load_tile<RAW_BYTES, DK, THREADS>(tiles.k(stage), p.k, from.k, p.dk, token, end);
-                if (RunLayout::HAS_V) load_tile<RAW_BYTES, DV, THREADS>(tiles.v(stage), p.v, from.v, p.dv, token, end);
-                if (RunLayout::HAS_DO)
-                    load_tile<RAW_BYTES, DV, THREADS>(tiles.d_o(stage), p.d_o, from.d_o, p.dv, token, end);
-                if (DECAY == 2)
-                    load_tile<LOG_BYTES, DK, THREADS>(tiles.log(stage), logs_of(p.decay), from.log, p.dk, token, end);
-                if (RunLayout::HAS_DOTS)
-                    load_tile<4, DK, THREADS>(tiles.dots(stage), numbers_of(p.dots), from.dots, p.dk, token, end);
+                if (RunLayout::HAS_Q) load_tile<RAW_BYTES, DK, THREADS>(tiles.q(stage), p.q, p.dk, seg, token);
+                if (RunLayout::HAS_K) load_tile<RAW_BYTES, DK, THREADS>(tiles.k(stage), p.k, p.dk, seg, token);
+                if (RunLayout::HAS_V) load_tile<RAW_BYTES, DV, THREADS>(tiles.v(stage), p.v, p.dv, seg, token);
+                if (RunLayout::HAS_DO) load_tile<RAW_BYTES, DV, THREADS>(tiles.d_o(stage), p.d_o, p.dv, seg, token);
+                if (DECAY == 2) load_tile<LOG_BYTES, DK, THREADS>(tiles.log(stage), logs_of(p.decay), p.dk, seg, token);
+                if (RunLayout::HAS_DOTS) load_tile<4, DK, THREADS>(tiles.dots(stage), numbers_of(p.dots), p.dk, seg, token);
                 next_log = scalar_log(p.decay, seg, token);
             }
             copy_async_commit();
         };
         u32 lane = anew(threadIdx.x % 32);
-        if (threadIdx.x == 0) {
-            const Origins all = {p.q.origin(seg, RAW_BYTES), p.k.origin(seg, RAW_BYTES), p.v.origin(seg, RAW_BYTES),
-                                 p.d_o.origin(seg, RAW_BYTES), logs_of(p.decay).origin(seg, LOG_BYTES),
-                                 numbers_of(p.dots).origin(seg, 4), numbers_of(p.out).origin(seg, RAW_BYTES),
-                                 numbers_of(p.d_log).origin(seg, 4)};
-            from = all;
-        }
         __syncthreads();
         load(0);
         const float* entry = p.entries + (long long)seg.slot * p.dk * p.dv;
@@ -663,7 +641,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         const int at = token + g * GROUP + lane / 4 + 8 * e;
-                        scalar_dots[g][e] = at < seg.end && row < p.dk ? *scalar_of(p.dots, from.dots, at, row) : 0.f;
+                        scalar_dots[g][e] = at < seg.end && row < p.dk ? *scalar_of(p.dots, seg, at, row) : 0.f;
                     }
             }
             if (INTRA) {
@@ -708,9 +686,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
                         multiply(o[g][0], part.a, b[0], b[1]);
                         multiply(o[g][1], part.a, b[2], b[3]);
                     }
-                    store_group(p.out, from.out, seg, at, o[g], p.scale, row, p.dv, p.accumulate & 1, lane);
+                    store_group(p.out, seg, at, o[g], p.scale, row, p.dv, p.accumulate & 1, lane);
                 } else {
-                    finish_outer(p, from, seg, at, g, tiles, stage, d, DECAY && d.steep_slice(parity, g, row), scores, o[g],
+                    finish_outer(p, seg, at, g, tiles, stage, d, DECAY && d.steep_slice(parity, g, row), scores, o[g],
                                  scalar_dots[g], rest, row, lane);
                 }
             }
