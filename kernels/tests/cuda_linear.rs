@@ -6,7 +6,7 @@ mod common;
 mod emulator;
 
 use common::{Case, SCALE, chained, milliseconds, naive, naive_is_the_recurrence, on, twice};
-use emulator::few;
+use emulator::{few, slow};
 use kernels::cuda;
 use kernels::cuda::linear::{Fused, LINEAR, Variant, supports};
 use kernels::linear::chunkwise::Chunkwise;
@@ -69,7 +69,7 @@ fn as_good_as_naive_bf16(decay: &str) {
         (Case { b: 1, t: 321, h: 2, dk: 64, dv: 128 }, vec![0, 321]),
         (Case { b: 1, t: 130, h: 2, dk: 192, dv: 256 }, vec![0, 70, 130]),
     ];
-    let small = |case: &Case| case.b * case.t * case.h < 1500;
+    let small = |case: &Case| case.b * case.t * case.h < if slow(device) { 1500 } else { 700 };
     for (i, (case, cuts)) in cases.iter().filter(|(case, _)| !few(device) || small(case)).enumerate() {
         for (late, saves) in [(false, false), (true, false), (false, true), (true, true)] {
             if few(device) && (late == saves) == (i % 2 == 0) {

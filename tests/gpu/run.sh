@@ -6,7 +6,7 @@
 #   tests/gpu/run.sh [nccl] [parity] [training] [kernels] [sanitizer] [attend] [compare]      all of them if none is named
 #
 # LASP_NCCL names another libnccl.so.2 than libtorch's own: several ranks on one GPU need 2.30 or later. LASP_PROGRAMS is a folder
-# that holds the programs (lasp, nccl, parity_nccl, cuda, cuda_linear, cuda_packed, cuda_mma), LASP_LOGS one for their output. LASP_LIMIT:
+# that holds the programs (lasp, nccl, parity_nccl, cuda, cuda_linear, cuda_packed, cuda_mma, fused), LASP_LOGS one for their output. LASP_LIMIT:
 # seconds for each part. `attend` wants a python3 with torch and safetensors, `training` any.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,7 +23,7 @@ if [ -z "${LASP_PROGRAMS:-}" ]; then
   mkdir -p "$LASP_PROGRAMS"
   cargo build --release --package lasp || exit 1
   ln -sf "$PWD/target/release/lasp" "$LASP_PROGRAMS/lasp"
-  for at in collectives/nccl lasp-tests/parity_nccl kernels/cuda kernels/cuda_linear kernels/cuda_packed kernels/cuda_mma; do
+  for at in collectives/nccl lasp-tests/parity_nccl kernels/cuda kernels/cuda_linear kernels/cuda_packed kernels/cuda_mma runtime/fused; do
     program=$(cargo test --release --no-run --package "${at%/*}" --test "${at#*/}" 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
     [ -n "$program" ] || { echo "cannot build $at"; exit 1; }
     ln -sf "$PWD/$program" "$LASP_PROGRAMS/${at#*/}"
@@ -33,15 +33,17 @@ P=$LASP_PROGRAMS
 
 nccl() { "$P/nccl"; }
 parity() { "$P/parity_nccl"; }
-kernels() { for of in cuda cuda_linear cuda_packed cuda_mma; do "$P/$of" --test-threads=1 || return 1; done; }
+kernels() { for of in cuda cuda_linear cuda_packed cuda_mma fused; do "$P/$of" --test-threads=1 || return 1; done; }
 
 # memcheck and racecheck of the tests' small cases, LASP_JOBS at a time, as most of it is the sanitizer's work on the CPU.
 sanitizer() {
   command -v compute-sanitizer > /dev/null || { echo "not tested: no compute-sanitizer, a program of the CUDA toolkit"; return 0; }
   go() { # tool program filter
     local name=$1-$2${3:+-$3} status
-    # libtorch's own kernels, of which the naive versions are made, are many, and not ours to check.
-    LASP_SANITIZER=1 OMP_NUM_THREADS=1 compute-sanitizer --tool "$1" --kernel-name-exclude kernel_substring=native --error-exitcode 1 \
+    # The kernels of libtorch, of which the naive versions are made, and of cuBLAS are many, and not ours to check.
+    local others=() of
+    for of in native nvjet cutlass gemm; do others+=(--kernel-name-exclude "kernel_substring=$of"); done
+    LASP_SANITIZER=1 OMP_NUM_THREADS=1 compute-sanitizer --tool "$1" "${others[@]}" --error-exitcode 1 \
       "$P/$2" ${3:-} --test-threads=1 > "$LOGS/$name.log" 2>&1
     status=$?
     echo "$name: $(grep -E 'SUMMARY|^test result' "$LOGS/$name.log" | tail -n 2 | paste -s -d ' '), $([ $status = 0 ] || echo FAILED) rc $status"

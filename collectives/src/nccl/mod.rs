@@ -88,7 +88,8 @@ pub enum Check {
 /// Whether short gathers among the processes of one machine go by copies between their memories: see `peers.rs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerCopies {
-    /// Up to the size to which they are quicker than NCCL beside other work, measured when a group's communicator is made.
+    /// Up to the size to which they are quicker than NCCL beside other work, measured when a group's communicator is made; not among
+    /// ranks that share a GPU.
     Measured,
     /// Up to 1 MiB a rank, wherever the driver allows them.
     Always,
@@ -143,6 +144,12 @@ pub fn open(world: &Group, gpu: usize, library: &'static Library, options: Optio
     let sharing = ranks(&|other| other[..2] == mine[..2]);
     if sharing.len() > 1 && library.version() < SHARES_GPUS {
         return Err(Error::SharedGpu { ranks: sharing, found: library.version() });
+    }
+    let mut options = options;
+    if options.peer_copies == PeerCopies::Measured && (0..all.len()).any(|a| (0..a).any(|b| all[a][..2] == all[b][..2]))
+    {
+        // Ranks that take turns on a GPU would measure how long the turns are.
+        options.peer_copies = PeerCopies::Never;
     }
     let gpu = Gpu::new(host.rank(), context, library, options, host.recorder().clone())?;
     host.recorder().attach(&gpu);

@@ -91,7 +91,7 @@ impl Peers {
     ) -> Result<(Option<Peers>, CopiesFound)> {
         let refused = |why| Ok((None, CopiesFound { refused: Some(why), ..CopiesFound::default() }));
         if wanted == PeerCopies::Never {
-            return refused("they are not wanted");
+            return refused("copies are not wanted, or ranks share a GPU");
         }
         if !(2..=MOST_RANKS).contains(&size) {
             return refused("they are for 2 to 16 ranks");
