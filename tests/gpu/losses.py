@@ -1,15 +1,15 @@
-"""Holds the losses of runs on one device, and any number of ranks, against those of the same model on one CPU."""
+"""Holds the losses of runs on one device, on the numbers of ranks that are named, against those of the same model on one CPU."""
 
 import json
 import pathlib
 import sys
 
-RUNS, DEVICE = pathlib.Path(sys.argv[1]), sys.argv[2]
+RUNS, DEVICE, RANKS = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 STEPS, TOLERANCE = 20, 1e-3
 
-wrong = False
+wrong = not RANKS
 for pattern in ("L", "LLLN"):
-    for ranks in (1, 2, 4):
+    for ranks in RANKS:
         name = f"{pattern}, {ranks} ranks on {DEVICE}"
         try:
             theirs, ours = (

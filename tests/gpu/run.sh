@@ -33,7 +33,20 @@ P=$LASP_PROGRAMS
 
 nccl() { "$P/nccl"; }
 parity() { "$P/parity_nccl"; }
-kernels() { for of in cuda cuda_linear cuda_packed cuda_mma fused; do "$P/$of" --test-threads=1 || return 1; done; }
+
+# LASP_JOBS programs at a time: each leaves the GPU idle while it compiles, and while libtorch computes on the CPU.
+kernels() {
+  go() { # program filters
+    local name=$1${2:+-${*: -1}}
+    OMP_NUM_THREADS=2 "$P/$1" "${@:2}" --nocapture --test-threads=1 > "$LOGS/$name.log" 2>&1
+    local status=$?
+    echo "$name: $(grep '^test result' "$LOGS/$name.log"), $([ $status = 0 ] || echo FAILED) rc $status"
+    return $status
+  }
+  export -f go
+  printf '%s\n' cuda_linear cuda_packed 'cuda_mma --exact as_good_as_naive_bf16' 'cuda_mma as_good_as_naive_f16' 'cuda_mma f32_to_1e_5' \
+    'cuda_mma --skip as_good --skip f32_to' fused cuda | xargs -P "${LASP_JOBS:-3}" -I{} bash -c 'go {}'
+}
 
 # memcheck and racecheck of the tests' small cases, LASP_JOBS at a time, as most of it is the sanitizer's work on the CPU.
 sanitizer() {
@@ -43,8 +56,10 @@ sanitizer() {
     # The kernels of libtorch, of which the naive versions are made, and of cuBLAS are many, and not ours to check.
     local others=() of
     for of in native nvjet cutlass gemm; do others+=(--kernel-name-exclude "kernel_substring=$of"); done
-    LASP_SANITIZER=1 OMP_NUM_THREADS=1 compute-sanitizer --tool "$1" "${others[@]}" --error-exitcode 1 \
-      "$P/$2" ${3:-} --test-threads=1 > "$LOGS/$name.log" 2>&1
+    export LASP_SANITIZER=1 OMP_NUM_THREADS=1 PYTORCH_ALLOC_CONF=expandable_segments:False
+    # Each tensor by itself, so that memcheck sees where it ends.
+    [ "$1" = racecheck ] || { export PYTORCH_NO_CUDA_MEMORY_CACHING=1; others+=(--report-api-errors no); }
+    compute-sanitizer --tool "$1" "${others[@]}" --error-exitcode 1 "$P/$2" ${3:-} --test-threads=1 > "$LOGS/$name.log" 2>&1
     status=$?
     echo "$name: $(grep -E 'SUMMARY|^test result' "$LOGS/$name.log" | tail -n 2 | paste -s -d ' '), $([ $status = 0 ] || echo FAILED) rc $status"
     return $status
@@ -58,11 +73,11 @@ sanitizer() {
   done | xargs -P "${LASP_JOBS:-6}" -I{} bash -c 'go {}'
 }
 
-attend() { LASP=$P/lasp python3 tests/pytorch/attend.py --device cuda --jobs 8; }
+attend() { OMP_NUM_THREADS=1 LASP=$P/lasp python3 tests/pytorch/attend.py --device cuda --jobs "${LASP_JOBS:-6}"; }
 
 # 20 steps of a small model, pure linear and hybrid: the losses of 1, 2 and 4 ranks with GPUs are those of one CPU.
 training() {
-  local runs=$LOGS/runs device=${LASP_DEVICE:-cuda} jobs
+  local runs=$LOGS/runs device=${LASP_DEVICE:-cuda} jobs counts=()
   rm -rf "$runs" && mkdir -p "$runs"
   # Always the same: how much steps amplify rounding depends on the data.
   python3 tests/gpu/corpus.py "$runs/texts" &&
@@ -75,14 +90,15 @@ training() {
       < /dev/null > "$runs/$name.log" 2>&1 || { echo "$name: rc $?"; tail -n 20 "$runs/$name.log"; }
   }
   for ranks in 1 2 4; do
-    jobs=()
+    if ! "$P/lasp" doctor --json | python3 tests/gpu/compare.py --allows "$ranks" "$device"; then continue; fi
+    jobs=() counts+=("$ranks")
     for pattern in L LLLN; do
       go $pattern $ranks "$device" & jobs+=($!)
       [ $ranks -gt 1 ] || [ "$device" = cpu ] || { go $pattern 1 cpu & jobs+=($!); }
     done
     wait "${jobs[@]}"
   done
-  python3 tests/gpu/losses.py "$runs" "$device"
+  python3 tests/gpu/losses.py "$runs" "$device" "${counts[@]}"
 }
 
 # Every method in every mode, at lengths of which one is odd: a row has figures only where parity and bytes are right.
@@ -92,7 +108,7 @@ compare() {
   go() { # ranks mode mixer
     local name=$1-$2-$3 start=()
     [ "$1" = 1 ] || start=(mpirun --oversubscribe --bind-to none -n "$1")
-    "${start[@]}" "$P/lasp" compare --device "$device" --ranks "$1" --mode "$2" --mixer "$3" --seq-lens 1021,4096 --rounds 5 \
+    LASP_LOG=debug "${start[@]}" "$P/lasp" compare --device "$device" --ranks "$1" --mode "$2" --mixer "$3" --seq-lens 1021,4096 --rounds 5 \
       --heads 4 --kv-heads 4 --dim 64 --out "$out/$name" < /dev/null > "$out/$name.log" 2>&1 &&
       python3 tests/gpu/compare.py "$out/$name/results.jsonl" "$device" "$1" || { echo "$name: FAILED"; tail -n 20 "$out/$name.log"; failed=1; }
   }
@@ -118,7 +134,7 @@ for part in $PARTS; do
   export P LOGS
   timeout "$LIMIT" bash -uo pipefail -c "$part" > "$LOGS/$part.log" 2>&1
   status=$?
-  grep -E '^not tested|^test |^test result|panicked|relative|cases|rows|differ|FAILED|rror' "$LOGS/$part.log" | tail -n "${LASP_LINES:-40}"
+  grep -E 'not tested|^test |test result|panicked|relative|cases|rows|differ|FAILED|rror' "$LOGS/$part.log" | tail -n "${LASP_LINES:-40}"
   echo "== $part: $([ $status = 0 ] && echo ok || echo "FAILED ($status)"), $((SECONDS - began)) s, $LOGS/$part.log"
   [ $status = 0 ] || failed=1
 done

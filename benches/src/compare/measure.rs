@@ -62,6 +62,7 @@ pub(super) fn rows(
         }
         for turn in 0..count {
             let contender = &mut contenders[(round + turn) % count];
+            tracing::debug!("rank {}: round {round}, {}", world.rank(), what(contender.entrant));
             let phases = named(step(world, device, contender.work.as_mut()), || what(contender.entrant))?;
             let phases_of = contender.work.phases();
             check(&what(contender.entrant), phases_of, world, &contender.expected, &phases)?;

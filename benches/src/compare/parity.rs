@@ -61,6 +61,8 @@ fn check_on(short: &Short, options: &Options, group: &Group, entrants: &[Entrant
     for cu_seqlens in [&[0, short.tokens()][..], &short.documents] {
         let truth = Truth::new(options, short, cu_seqlens)?;
         for entrant in entrants.iter().filter(|entrant| entrant.refused.is_none()) {
+            let (method, documents) = (entrant.method.label(), cu_seqlens.len() - 1);
+            tracing::debug!("rank {}: {method} against the f64 oracle, documents: {documents}", group.rank());
             let compared = compare(options, group, entrant, &truth);
             found.extend(compared.with_context(|| format!("{} against the f64 oracle", entrant.method.label()))?);
         }
