@@ -7,7 +7,7 @@ use collectives::{Group, Mesh, local};
 use kernels::testing::{assert_close, cuda, relative_rms};
 use runtime::config::Config;
 use runtime::data::Source;
-use runtime::model::{Context, Model};
+use runtime::model::{Context, Model, Unwritten};
 use runtime::sequence::{Layout, Plan, Shard, method};
 use runtime::train::{self, Error, Trainer};
 use tch::{Device, Kind, Tensor};
@@ -62,6 +62,11 @@ fn gradients(config: &Config, how: How) -> (Tensor, Tensor) {
         context.fused = how.fused;
         // Checkpointed MLPs go through several parts.
         context.hidden_at_once = 64 * config.model.mlp_dim;
+        // What was there before must not matter where a backward is the first to write.
+        let unwritten = model.unwritten(&context)?;
+        assert_eq!(unwritten.is_empty(), !how.fused);
+        unwritten.iter().for_each(|grad| drop(grad.shallow_clone().fill_(f64::NAN)));
+        context.unwritten = Unwritten::new(unwritten);
         let loss = model.loss(&model.forward(&context, &tokens, how.checkpoint, None)?, &labels)?;
         kernels::bridge::backward(&loss, &loss.ones_like())?;
         Ok((loss.detach(), grad))

@@ -88,7 +88,7 @@ impl Block {
     /// x `[B, T, D]`, this rank's tokens -> `[B, T, D]`.
     pub fn forward(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
         let x = self.mix(context, x)?;
-        if self.fused(context) { fused::mlp(&self.mlp, &x) } else { self.mlp.forward(&x) }
+        if self.fused(context) { fused::mlp(&self.mlp, context, &x) } else { self.mlp.forward(&x) }
     }
 
     /// [`Block::forward`] that keeps nothing but x, and computes the rest again in backward.
@@ -105,17 +105,30 @@ impl Block {
     /// A run of a checkpointed block.
     fn run(&self, context: &Context, x: &Tensor, output: fused::Output) -> Result<Tensor> {
         let x = self.mix(context, x)?;
-        if self.fused(context) {
-            fused::mlp_in_parts(&self.mlp, &x, context.hidden_at_once, output)
-        } else {
-            self.mlp.forward(&x)
-        }
+        if self.fused(context) { fused::mlp_in_parts(&self.mlp, context, &x, output) } else { self.mlp.forward(&x) }
     }
 
     /// Whether halves of this block are the nodes of `fused`.
     fn fused(&self, context: &Context) -> bool {
         let linear = matches!(self.mixer, Mixer::Linear(_));
         context.fused && (!linear || matches!(context.shard.linear, LinearMethod::Scan(_)))
+    }
+
+    /// The weights whose gradients the nodes of `fused` compute, if it consists of these.
+    pub(super) fn weights_of_nodes(&self, context: &Context) -> Vec<&Tensor> {
+        if !self.fused(context) {
+            return vec![];
+        }
+        let mut weights = match &self.mixer {
+            Mixer::Linear(LinearLayer { wq, wk, wv, wo, .. }) | Mixer::Softmax(SoftmaxLayer { wq, wk, wv, wo, .. }) => {
+                vec![wq, wk, wv, wo]
+            }
+        };
+        if let Mixer::Linear(LinearLayer { wg: Some(wg), .. }) = &self.mixer {
+            weights.push(wg);
+        }
+        weights.extend([&self.mlp.w_gate, &self.mlp.w_up, &self.mlp.w_down]);
+        weights
     }
 
     /// The first half: x and what the mixer makes of it.

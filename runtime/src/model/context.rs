@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
-use super::Result;
+use super::{Result, Unwritten};
 use crate::sequence::Shard;
 
 /// As [`Context::hidden_at_once`]: 2 GiB in bf16. Products of so many rows are no slower than of all, and the few sums over parts,
@@ -20,17 +20,26 @@ pub struct Context {
     pub fused: bool,
     /// Numbers of the hidden layer that an MLP of these nodes has at a time, where activations are computed again.
     pub hidden_at_once: i64,
+    /// Gradients that the backward of this sequence is the first to write to ([`super::Model::unwritten`]).
+    pub unwritten: Unwritten,
 }
 
 impl Context {
     /// Angles count from the start of each token's own document.
     pub fn new(shard: Arc<Shard>, head_dim: i64, rope_base: f64, kind: Kind, device: Device) -> Result<Self> {
         let (cos, sin) = angles(&shard.plan.positions(), head_dim, rope_base, kind, device)?;
-        Ok(Self { shard, cos, sin, fused: device.is_cuda(), hidden_at_once: HIDDEN_AT_ONCE })
+        let (fused, unwritten) = (device.is_cuda(), Unwritten::default());
+        Ok(Self { shard, cos, sin, fused, hidden_at_once: HIDDEN_AT_ONCE, unwritten })
     }
 
     pub fn shallow_clone(&self) -> Self {
-        Self { shard: self.shard.clone(), cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone(), ..*self }
+        Self {
+            shard: self.shard.clone(),
+            cos: self.cos.shallow_clone(),
+            sin: self.sin.shallow_clone(),
+            unwritten: self.unwritten.clone(),
+            ..*self
+        }
     }
 }
 

@@ -3,6 +3,9 @@
 //! again from what stands before them; of a linear layer remain x, the projections before their activation and o, of an MLP
 //! x, gate and up, or under activation checkpointing x. Backward works in the memory of what it has read for the last time.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use kernels::block;
 use kernels::linear::Inputs;
 use tch::Tensor;
@@ -31,14 +34,46 @@ fn project(rows: &Tensor, w: &Tensor) -> kernels::Result<Tensor> {
     block::product(rows, &w.f_transpose(0, 1)?)
 }
 
-/// The gradient of w, of `y = x w^T`: added to w's own where it has one, which saves a pass over it, else returned.
-fn weight_grad(w: &Tensor, dy: &Tensor, x: &Tensor) -> kernels::Result<Option<Tensor>> {
-    let mut sum = w.f_grad()?;
-    if sum.defined() {
-        block::add_product(&mut sum, &dy.f_transpose(0, 1)?, x)?;
-        return Ok(None);
+/// Gradients `[out, in]` of weights to which nothing has been added yet: the first product is written there, whatever was there
+/// before, which saves zeroing and reading them.
+#[derive(Clone, Default)]
+pub struct Unwritten(Arc<Mutex<HashMap<usize, Tensor>>>);
+
+impl Unwritten {
+    pub fn new(grads: impl IntoIterator<Item = Tensor>) -> Self {
+        Self(Arc::new(Mutex::new(grads.into_iter().map(|grad| (grad.data_ptr() as usize, grad)).collect())))
     }
-    Ok(Some(block::product(&dy.f_transpose(0, 1)?, x)?))
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<usize, Tensor>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is one of them, which it then is no more.
+    fn take(&self, grad: &Tensor) -> bool {
+        self.lock().remove(&(grad.data_ptr() as usize)).is_some()
+    }
+
+    /// Zeroes those that a backward has left: weights that had no part in the loss.
+    pub(crate) fn zero_rest(&self) -> Result<()> {
+        for (_, mut grad) in self.lock().drain() {
+            let _ = grad.f_zero_()?;
+        }
+        Ok(())
+    }
+}
+
+/// The gradient of w, of `y = x w^T`: added to w's own where it has one, which saves a pass over it, else returned.
+fn weight_grad(w: &Tensor, dy: &Tensor, x: &Tensor, unwritten: &Unwritten) -> kernels::Result<Option<Tensor>> {
+    let (mut sum, dy) = (w.f_grad()?, dy.f_transpose(0, 1)?);
+    if !sum.defined() {
+        return Ok(Some(block::product(&dy, x)?));
+    }
+    if unwritten.take(&sum) {
+        block::product_into(&sum, &dy, x)?;
+    } else {
+        block::add_product(&mut sum, &dy, x)?;
+    }
+    Ok(None)
 }
 
 /// The gradient of a norm's weight from `rows` `[n, D]`, of which it is the sum: as [`weight_grad`].
@@ -110,14 +145,15 @@ impl Gated {
     }
 
     /// The gradients of x, the norm, gate, up and down; of those of weights what [`weight_grad`] gives.
-    fn backward(self, layer: &Mlp, dy: &Tensor) -> kernels::Result<[Option<Tensor>; 5]> {
+    fn backward(self, layer: &Mlp, dy: &Tensor, unwritten: &Unwritten) -> kernels::Result<[Option<Tensor>; 5]> {
         let Self { normed, gate, up } = self;
         let dy_rows = rows(dy)?;
         let grads = block::swiglu_backward(gate, up, block::product(&dy_rows, &layer.w_down)?)?;
-        let d_down = weight_grad(&layer.w_down, &dy_rows, &grads.hidden)?;
+        let d_down = weight_grad(&layer.w_down, &dy_rows, &grads.hidden, unwritten)?;
         let block::SwigluGrads { d_gate, d_up, .. } = grads;
         let n = normed.again()?;
-        let (dw_gate, dw_up) = (weight_grad(&layer.w_gate, &d_gate, &n)?, weight_grad(&layer.w_up, &d_up, &n)?);
+        let of = |w, dy| weight_grad(w, dy, &n, unwritten);
+        let (dw_gate, dw_up) = (of(&layer.w_gate, &d_gate)?, of(&layer.w_up, &d_up)?);
         drop(n);
         let d_rows = input_grad(&[(&d_gate, &layer.w_gate), (&d_up, &layer.w_up)])?;
         drop((d_gate, d_up));
@@ -127,28 +163,28 @@ impl Gated {
 }
 
 /// `x + down(silu(gate(n)) * up(n))`, n the norm of x.
-pub(super) fn mlp(layer: &Mlp, x: &Tensor) -> Result<Tensor> {
+pub(super) fn mlp(layer: &Mlp, context: &Context, x: &Tensor) -> Result<Tensor> {
     let (y, gated) = {
         let _guard = tch::no_grad_guard();
         let gated = Gated::new(layer, x)?;
         (gated.output(layer)?, gated)
     };
-    let backward = |layer: &Mlp, dy: &Tensor| gated.backward(layer, dy);
-    attach_mlp(layer, x, &y, backward)?;
+    attach_mlp(layer, context, x, &y, |layer, dy, unwritten| gated.backward(layer, dy, unwritten))?;
     Ok(y)
 }
 
 fn attach_mlp(
     layer: &Mlp,
+    context: &Context,
     x: &Tensor,
     y: &Tensor,
-    backward: impl FnOnce(&Mlp, &Tensor) -> kernels::Result<[Option<Tensor>; 5]> + Send + 'static,
+    backward: impl FnOnce(&Mlp, &Tensor, &Unwritten) -> kernels::Result<[Option<Tensor>; 5]> + Send + 'static,
 ) -> kernels::Result<()> {
     let inputs = [x, &layer.norm, &layer.w_gate, &layer.w_up, &layer.w_down];
-    let layer = layer.shallow_clone();
+    let (layer, unwritten) = (layer.shallow_clone(), context.unwritten.clone());
     kernels::bridge::attach(&inputs, &[y], move |mut grads: Vec<Option<Tensor>>| -> Grads {
         let Some(dy) = grads.swap_remove(0) else { return Ok((0..5).map(|_| None).collect()) };
-        Ok(backward(&layer, &dy)?.into())
+        Ok(backward(&layer, &dy, &unwritten)?.into())
     })
 }
 
@@ -160,11 +196,12 @@ pub(super) enum Output {
     Unread,
 }
 
-/// [`mlp`], a part of the rows after the other, each of at most `hidden` numbers of the hidden layer. It keeps x alone: backward
-/// computes a part's gate and up when it gets there. What long sequences would need most memory for never exists as a whole
+/// [`mlp`], a part of the rows after the other, as [`Context::hidden_at_once`] says. It keeps x alone: backward computes a part's
+/// gate and up when it gets there. What long sequences would need most memory for never exists as a whole
 /// (tiled MLPs of Arctic Long Sequence Training, arXiv 2506.13996).
-pub(super) fn mlp_in_parts(layer: &Mlp, x: &Tensor, hidden: i64, output: Output) -> Result<Tensor> {
-    let parts = parts(x.numel() as i64 / x.size()[x.dim() - 1], hidden / layer.w_gate.size()[0]);
+pub(super) fn mlp_in_parts(layer: &Mlp, context: &Context, x: &Tensor, output: Output) -> Result<Tensor> {
+    let rows_of_x = x.numel() as i64 / x.size()[x.dim() - 1];
+    let parts = parts(rows_of_x, context.hidden_at_once / layer.w_gate.size()[0]);
     let (y, x_rows) = {
         let _guard = tch::no_grad_guard();
         let x_rows = rows(&x.f_detach()?)?;
@@ -178,12 +215,12 @@ pub(super) fn mlp_in_parts(layer: &Mlp, x: &Tensor, hidden: i64, output: Output)
         };
         (y, x_rows)
     };
-    attach_mlp(layer, x, &y, move |layer, dy| {
+    attach_mlp(layer, context, x, &y, move |layer, dy, unwritten| {
         let dy_rows = rows(dy)?;
         let mut weights: [Option<Tensor>; 4] = Default::default();
         let dx = by_parts(&x_rows, &parts, |from, count| {
             let gated = Gated::new(layer, &x_rows.f_narrow(0, from, count)?)?;
-            let [dx, of_weights @ ..] = gated.backward(layer, &dy_rows.f_narrow(0, from, count)?)?;
+            let [dx, of_weights @ ..] = gated.backward(layer, &dy_rows.f_narrow(0, from, count)?, unwritten)?;
             for (sum, part) in weights.iter_mut().zip(of_weights) {
                 *sum = match (sum.take(), part) {
                     (Some(mut sum), Some(part)) => Some(sum.f_add_(&part)?),
@@ -250,7 +287,7 @@ pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &
     (saved.inputs().q, saved.inputs().k) = (Tensor::new(), Tensor::new());
     let layer = layer.shallow_clone();
     let weights = clones(&[&layer.wq, &layer.wk, &layer.wv, &layer.wo]);
-    let count = inputs.len();
+    let (count, unwritten) = (inputs.len(), context.unwritten.clone());
     kernels::bridge::attach(&inputs, &[&y], move |mut grads: Vec<Option<Tensor>>| -> Grads {
         let Some(dy) = grads.swap_remove(0) else { return Ok((0..count).map(|_| None).collect()) };
         drop(grads);
@@ -258,7 +295,7 @@ pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &
         let dy_rows = rows(&dy)?;
         let d_mixed = by_heads(&block::product(&dy_rows, wo)?)?;
         let head = block::gated_norm_backward(o, &layer.o_norm, gate, d_mixed, eps)?;
-        let d_wo = weight_grad(wo, &dy_rows, &head.y.f_view([b * t, d])?)?;
+        let d_wo = weight_grad(wo, &dy_rows, &head.y.f_view([b * t, d])?, &unwritten)?;
         let block::GatedNormGrads { d_o, d_weight: d_o_norm, d_gate, .. } = head;
 
         (saved.inputs().q, saved.inputs().k) = (by_heads(&block::silu(&q)?)?, by_heads(&block::silu(&k)?)?);
@@ -273,10 +310,11 @@ pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &
 
         let n = normed.again()?;
         let mut of = vec![(&dq, wq), (&dk, wk), (&dv, wv)];
-        let mut d_weights = vec![weight_grad(wq, &dq, &n)?, weight_grad(wk, &dk, &n)?, weight_grad(wv, &dv, &n)?, d_wo];
+        let weight = |w, dy| weight_grad(w, dy, &n, &unwritten);
+        let mut d_weights = vec![weight(wq, &dq)?, weight(wk, &dk)?, weight(wv, &dv)?, d_wo];
         d_weights.push(norm_grad(&layer.o_norm, &d_o_norm)?);
         if let (Some(d_gate), Some(wg)) = (&d_gate, &layer.wg) {
-            d_weights.push(weight_grad(wg, d_gate, &n)?);
+            d_weights.push(weight(wg, d_gate)?);
             of.push((d_gate, wg));
         }
         let mut d_rows = input_grad(&of)?;
@@ -327,13 +365,13 @@ pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &C
         let y = add_projection(x, &o.f_reshape([b * t, d])?, &layer.wo)?;
         (y, normed, o, saved)
     };
-    let weights = clones(&inputs[2..]);
+    let (weights, unwritten) = (clones(&inputs[2..]), context.unwritten.clone());
     kernels::bridge::attach(&inputs, &[&y], move |mut grads: Vec<Option<Tensor>>| -> Grads {
         let Some(dy) = grads.swap_remove(0) else { return Ok((0..6).map(|_| None).collect()) };
         drop(grads);
         let [wq, wk, wv, wo] = &weights[..] else { return Ok(vec![]) };
         let dy_rows = rows(&dy)?;
-        let d_wo = weight_grad(wo, &dy_rows, &o.f_reshape([b * t, d])?)?;
+        let d_wo = weight_grad(wo, &dy_rows, &o.f_reshape([b * t, d])?, &unwritten)?;
         let d_o = block::product(&dy_rows, wo)?.f_view(o.size().as_slice())?;
         drop(o);
         let place = shard.at(Place::Backward(LayerKind::Softmax));
@@ -345,7 +383,8 @@ pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &C
         let dk = flat(block::rotary(&back.dk, &cos, &sin, true)?, wk)?;
         let dv = flat(back.dv, wv)?;
         let n = normed.again()?;
-        let d_weights = [weight_grad(wq, &dq, &n)?, weight_grad(wk, &dk, &n)?, weight_grad(wv, &dv, &n)?, d_wo];
+        let weight = |w, dy| weight_grad(w, dy, &n, &unwritten);
+        let d_weights = [weight(wq, &dq)?, weight(wk, &dk)?, weight(wv, &dv)?, d_wo];
         drop(n);
         let d_rows = input_grad(&[(&dq, wq), (&dk, wk), (&dv, wv)])?;
         let [dx, d_norm] = normed.backward(d_rows, &dy)?;

@@ -21,6 +21,7 @@ pub use block::Block;
 pub(crate) use context::HIDDEN_AT_ONCE;
 pub use context::{Context, rotary};
 pub use decay::{constant_decay, constant_log_decay};
+pub use fused::Unwritten;
 pub(crate) use linear_layer::DECAY_RANK;
 pub use params::{Init, Params, Spec};
 pub use softmax_layer::KvCache;
@@ -109,6 +110,14 @@ impl Model {
             };
         }
         rms_norm(&x, &self.norm, self.config.norm_eps)
+    }
+
+    /// Gradients that a backward in this context writes as a whole, and need not be zeroed before: views of what
+    /// [`Params::share_grads`] was given. For [`Context::unwritten`].
+    pub fn unwritten(&self, context: &Context) -> Result<Vec<Tensor>> {
+        let weights = self.blocks.iter().flat_map(|block| block.weights_of_nodes(context));
+        let grads = weights.map(Tensor::f_grad).collect::<std::result::Result<Vec<_>, _>>()?;
+        Ok(grads.into_iter().filter(Tensor::defined).collect())
     }
 
     /// The layers, the first one first.

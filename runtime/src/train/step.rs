@@ -14,7 +14,7 @@ use super::{Error, Result, sum};
 use crate::checkpoint::{Loaded, TrainState};
 use crate::config::{Config, LayoutKind};
 use crate::data::{IGNORE_INDEX, Sequence, Source};
-use crate::model::{Context, LayerDone, Model};
+use crate::model::{Context, LayerDone, Model, Unwritten};
 use crate::sequence::attention::Attention;
 use crate::sequence::{Layout, LinearMethod, Plan, Shard, method};
 
@@ -129,7 +129,6 @@ impl Trainer {
         let expected = (train.batch * train.seq_len) as f64;
 
         // Gradients of the sum of all losses, over the number of labels that a step normally has.
-        let _ = self.grad.f_zero_()?;
         let mut loss_sum = Tensor::f_zeros([], (Kind::Double, self.device))?;
         let mut labels = 0.0;
         let mut ready = self.next.take().filter(|(of, _)| *of == step).map(|(_, batch)| batch);
@@ -137,12 +136,16 @@ impl Trainer {
         let passes = train.batch / self.mesh.dp.size() / train.micro_batch;
         for at in 0..passes {
             // A GPU still computes the micro-batch before.
-            let batch = ready.take().map_or_else(|| self.micro_batch(step, at), Ok)?;
+            let mut batch = ready.take().map_or_else(|| self.micro_batch(step, at), Ok)?;
+            if at == 0 {
+                self.clear_gradient(&mut batch.context)?;
+            }
             let done = summing.as_ref().filter(|_| at + 1 == passes).map(Summing::follows);
             let loss = self.loss(&batch, train.activation_checkpointing, done.as_ref())?;
             let counted = batch.counted;
             let seed = loss.f_ones_like()?.f_mul_scalar(1.0 / expected)?;
             kernels::bridge::backward(&loss, &seed)?;
+            batch.context.unwritten.zero_rest()?;
             let _ = loss_sum.f_add_(&loss.f_detach()?)?;
             labels += counted;
         }
@@ -174,6 +177,24 @@ impl Trainer {
         finite(step, "training loss", loss)?;
         finite(step, "norm of the gradient", grad_norm)?;
         Ok(StepOutcome { loss, grad_norm, lr, exposed_ms, out_of_time })
+    }
+
+    /// Zeroes the gradient, but for what the first backward of a step writes anyway: its `context` says which.
+    fn clear_gradient(&self, context: &mut Context) -> Result<()> {
+        let unwritten = self.model.unwritten(context)?;
+        let place = |grad: &Tensor| (grad.data_ptr() as usize - self.grad.data_ptr() as usize) as i64;
+        let width = self.grad.kind().elt_size_in_bytes() as i64;
+        let mut kept: Vec<_> = unwritten.iter().map(|grad| (place(grad) / width, grad.numel() as i64)).collect();
+        kept.sort_unstable();
+        let mut zeroed = 0;
+        for (start, numbers) in kept.into_iter().chain([(self.grad.size()[0], 0)]) {
+            if start > zeroed {
+                let _ = self.grad.f_narrow(0, zeroed, start - zeroed)?.f_zero_()?;
+            }
+            zeroed = start + numbers;
+        }
+        context.unwritten = Unwritten::new(unwritten);
+        Ok(())
     }
 
     /// Mean loss over the validation sequences, nats a token; `None` without validation data.
