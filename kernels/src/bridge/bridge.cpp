@@ -22,11 +22,12 @@ namespace {
 using torch::autograd::Node;
 using torch::autograd::variable_list;
 
-// Rust's side of a node. `grads` and `results` hold null where there is no gradient. On failure `call` returns a
-// message from `strdup`; null means success.
+// Rust's side of a node. `grads` and `results` hold null where there is no gradient, and tensors that whoever is given them has to
+// delete: Rust can let go of a gradient before it has computed the others. On failure `call` returns a message from `strdup`;
+// null means success.
 struct Callbacks {
   void* state;
-  char* (*call)(void* state, at::Tensor* const* grads, size_t n, at::Tensor** results, size_t m);
+  char* (*call)(void* state, at::Tensor** grads, size_t n, at::Tensor** results, size_t m);
   void (*drop)(void* state);
 };
 
@@ -48,7 +49,7 @@ struct RustNode : public Node {
     TORCH_CHECK(rust.state != nullptr, "backward through a graph whose buffers were already freed");
     std::vector<at::Tensor*> in(grads.size(), nullptr), out(inputs, nullptr);
     for (size_t i = 0; i < grads.size(); i++)
-      if (grads[i].defined()) in[i] = &grads[i];
+      if (grads[i].defined()) in[i] = new at::Tensor(std::move(grads[i]));
     char* message = rust.call(rust.state, in.data(), in.size(), out.data(), out.size());
     variable_list results(inputs);
     for (size_t i = 0; i < inputs; i++) {

@@ -31,7 +31,7 @@ where
 #[repr(C)]
 struct Callbacks {
     state: *mut c_void,
-    call: unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, usize, *mut *mut C_tensor, usize) -> *mut c_char,
+    call: unsafe extern "C" fn(*mut c_void, *mut *mut C_tensor, usize, *mut *mut C_tensor, usize) -> *mut c_char,
     drop: unsafe extern "C" fn(*mut c_void),
 }
 
@@ -107,15 +107,16 @@ pub fn backward(output: &Tensor, grad: &Tensor) -> Result<()> {
     unsafe { check(lasp_backward(output.as_ptr(), grad.as_ptr())) }
 }
 
-/// Activation checkpointing: computes `first` of `x` without keeping what its backward needs, and in backward `again`, whose
-/// derivative is that of `first`. Nobody reads the numbers that `again` gives.
+/// Activation checkpointing: computes `first` of `x` without keeping what its backward needs. In backward `again` is given x and the
+/// gradient of the output, computes the output once more and gives it with its gradient; or another tensor with its own, from
+/// which backward comes to the same.
 ///
 /// Parameters used inside `again` accumulate their gradients during that second run. Collectives inside it are issued again, in
 /// the same order on every rank.
 pub fn checkpoint(
     x: &Tensor,
     first: impl FnOnce(&Tensor) -> Result<Tensor>,
-    again: impl FnOnce(&Tensor) -> Result<Tensor> + Send + 'static,
+    again: impl FnOnce(&Tensor, Tensor) -> Result<(Tensor, Tensor)> + Send + 'static,
 ) -> Result<Tensor> {
     let out = {
         let _guard = tch::no_grad_guard();
@@ -125,8 +126,8 @@ pub fn checkpoint(
     attach(&[x], &[&out], move |mut grads: Vec<Option<Tensor>>| {
         let Some(grad) = grads.swap_remove(0) else { return Ok(vec![None]) };
         let x = saved.f_detach()?.f_set_requires_grad(true)?;
-        let again = tch::with_grad(|| again(&x))?;
-        backward(&again, &grad)?;
+        let (output, grad) = tch::with_grad(|| again(&x, grad))?;
+        backward(&output, &grad)?;
         Ok(vec![Some(x.f_grad()?)])
     })?;
     Ok(out)
@@ -311,13 +312,13 @@ pub fn keep_freed_memory() {
 
 unsafe extern "C" fn call_backward(
     state: *mut c_void,
-    grads: *const *mut C_tensor,
+    grads: *mut *mut C_tensor,
     n: usize,
     results: *mut *mut C_tensor,
     m: usize,
 ) -> *mut c_char {
     // SAFETY: `state` came from `attach` and is freed only by `drop_state`; `grads` and `results` are arrays of the
-    // given lengths, each entry of `grads` null or a live tensor.
+    // given lengths, each entry of `grads` null or a tensor that is handed over.
     let (state, grads, results) = unsafe {
         (
             &mut *state.cast::<NodeState>(),
@@ -325,14 +326,11 @@ unsafe extern "C" fn call_backward(
             if m == 0 { &mut [][..] } else { std::slice::from_raw_parts_mut(results, m) },
         )
     };
+    // SAFETY: a non-null entry is a tensor of which nobody else has the pointer.
+    let grads: Vec<_> = grads.iter().map(|&p| (!p.is_null()).then(|| unsafe { Tensor::from_ptr(p) })).collect();
     let run = || -> Result<Vec<Option<Tensor>>> {
         let backward =
             state.0.take().ok_or_else(|| Error::Unsupported("a second backward through one node".to_owned()))?;
-        let grads = grads
-            .iter()
-            // SAFETY: a non-null entry is a live tensor; `clone_from_ptr` takes a reference of its own.
-            .map(|&p| (!p.is_null()).then(|| unsafe { Tensor::clone_from_ptr(p) }))
-            .collect();
         let out = backward.backward(grads)?;
         if out.len() != m {
             return Err(Error::Unsupported(format!("a backward returned {} gradients for {m} inputs", out.len())));

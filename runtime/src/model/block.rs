@@ -93,19 +93,18 @@ impl Block {
 
     /// [`Block::forward`] that keeps nothing but x, and computes the rest again in backward.
     pub fn checkpointed(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
-        let again = {
-            let (block, context) = (self.shallow_clone(), context.shallow_clone());
-            move |x: &Tensor| block.run(&context, x, fused::Output::Unread)
+        let first = |x: &Tensor| -> Result<Tensor> {
+            let x = self.mix(context, x)?;
+            if self.fused(context) { fused::mlp_in_parts(&self.mlp, context, &x) } else { self.mlp.forward(&x) }
+        };
+        let (block, at) = (self.shallow_clone(), context.shallow_clone());
+        let again = move |x: &Tensor, dy: Tensor| -> Result<(Tensor, Tensor)> {
+            let x = block.mix(&at, x)?;
+            if block.fused(&at) { fused::mlp_again(&block.mlp, &at, &x, dy) } else { Ok((block.mlp.forward(&x)?, dy)) }
         };
         let unsupported = |error: Error| kernels::Error::Unsupported(error.to_string());
-        let first = |x: &Tensor| self.run(context, x, fused::Output::Read).map_err(unsupported);
-        Ok(kernels::bridge::checkpoint(x, first, move |x| again(x).map_err(unsupported))?)
-    }
-
-    /// A run of a checkpointed block.
-    fn run(&self, context: &Context, x: &Tensor, output: fused::Output) -> Result<Tensor> {
-        let x = self.mix(context, x)?;
-        if self.fused(context) { fused::mlp_in_parts(&self.mlp, context, &x, output) } else { self.mlp.forward(&x) }
+        let first = |x: &Tensor| first(x).map_err(unsupported);
+        Ok(kernels::bridge::checkpoint(x, first, move |x, dy| again(x, dy).map_err(unsupported))?)
     }
 
     /// Whether halves of this block are the nodes of `fused`.

@@ -188,39 +188,31 @@ fn attach_mlp(
     })
 }
 
-/// Whether anybody reads a node's output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Output {
-    Read,
-    /// It is only there for the graph: one zero, seen as a tensor of its shape.
-    Unread,
+/// [`mlp`], a part of the rows after the other, as [`Context::hidden_at_once`] says: what long sequences would need most memory for
+/// never exists as a whole (tiled MLPs of Arctic Long Sequence Training, arXiv 2506.13996). Its backward is that of [`mlp_again`].
+pub(super) fn mlp_in_parts(layer: &Mlp, context: &Context, x: &Tensor) -> Result<Tensor> {
+    let _guard = tch::no_grad_guard();
+    let rows = rows(x)?;
+    let of = |from, count| Gated::new(layer, &rows.f_narrow(0, from, count)?)?.output(layer);
+    Ok(by_parts(layer, context, &rows, of)?.f_view(x.size().as_slice())?)
 }
 
-/// [`mlp`], a part of the rows after the other, as [`Context::hidden_at_once`] says. It keeps x alone: backward computes a part's
-/// gate and up when it gets there. What long sequences would need most memory for never exists as a whole
-/// (tiled MLPs of Arctic Long Sequence Training, arXiv 2506.13996).
-pub(super) fn mlp_in_parts(layer: &Mlp, context: &Context, x: &Tensor, output: Output) -> Result<Tensor> {
-    let rows_of_x = x.numel() as i64 / x.size()[x.dim() - 1];
-    let parts = parts(rows_of_x, context.hidden_at_once / layer.w_gate.size()[0]);
-    let (y, x_rows) = {
+/// The node of [`mlp_in_parts`], of which x and the gradient of the output are known: computes a part's gate and up when it gets
+/// there, and lets go of both when it is done. In the place of the output is one zero, seen as a tensor of its shape, and
+/// so is its gradient.
+pub(super) fn mlp_again(layer: &Mlp, context: &Context, x: &Tensor, dy: Tensor) -> Result<(Tensor, Tensor)> {
+    let zero = || -> Result<Tensor> { Ok(Tensor::f_zeros([1], (x.kind(), x.device()))?.f_expand(x.size(), false)?) };
+    let (y, d_zero, x_rows) = {
         let _guard = tch::no_grad_guard();
-        let x_rows = rows(&x.f_detach()?)?;
-        let y = match output {
-            Output::Unread => Tensor::f_zeros([1], (x.kind(), x.device()))?.f_expand(x.size(), false)?,
-            Output::Read => {
-                let of = |x: &Tensor| Gated::new(layer, x)?.output(layer);
-                by_parts(&x_rows, &parts, |from, count| of(&x_rows.f_narrow(0, from, count)?))?
-                    .f_view(x.size().as_slice())?
-            }
-        };
-        (y, x_rows)
+        (zero()?, zero()?, rows(&x.f_detach()?)?)
     };
-    attach_mlp(layer, context, x, &y, move |layer, dy, unwritten| {
-        let dy_rows = rows(dy)?;
+    let at = context.shallow_clone();
+    attach_mlp(layer, context, x, &y, move |layer, _, unwritten| {
+        let (size, dy) = (dy.size(), rows(&dy)?);
         let mut weights: [Option<Tensor>; 4] = Default::default();
-        let dx = by_parts(&x_rows, &parts, |from, count| {
+        let dx = by_parts(layer, &at, &x_rows, |from, count| {
             let gated = Gated::new(layer, &x_rows.f_narrow(0, from, count)?)?;
-            let [dx, of_weights @ ..] = gated.backward(layer, &dy_rows.f_narrow(0, from, count)?, unwritten)?;
+            let [dx, of_weights @ ..] = gated.backward(layer, &dy.f_narrow(0, from, count)?, unwritten)?;
             for (sum, part) in weights.iter_mut().zip(of_weights) {
                 *sum = match (sum.take(), part) {
                     (Some(mut sum), Some(part)) => Some(sum.f_add_(&part)?),
@@ -230,9 +222,9 @@ pub(super) fn mlp_in_parts(layer: &Mlp, context: &Context, x: &Tensor, output: O
             dx.ok_or_else(|| kernels::Error::Unsupported("an MLP whose input has no gradient".to_owned()))
         })?;
         let [d_norm, dw_gate, dw_up, d_down] = weights;
-        Ok([Some(dx.f_view(dy.size().as_slice())?), d_norm, dw_gate, dw_up, d_down])
+        Ok([Some(dx.f_view(size.as_slice())?), d_norm, dw_gate, dw_up, d_down])
     })?;
-    Ok(y)
+    Ok((y, d_zero))
 }
 
 /// `(from, count)` of parts of some rows, at most `most` each but for what makes a multiple of 64, and about equal.
@@ -242,17 +234,19 @@ fn parts(rows: i64, most: i64) -> Vec<(i64, i64)> {
     (0..rows).step_by(each.max(1) as usize).map(|from| (from, each.min(rows - from))).collect()
 }
 
-/// What `of` makes of each part of the rows of x, as one tensor of the shape of x.
+/// What `of` makes of each part `(from, count)` of the rows of x, as one tensor of the shape of x.
 fn by_parts(
+    layer: &Mlp,
+    context: &Context,
     x: &Tensor,
-    parts: &[(i64, i64)],
     mut of: impl FnMut(i64, i64) -> kernels::Result<Tensor>,
 ) -> kernels::Result<Tensor> {
-    if let [(from, count)] = *parts {
+    let parts = parts(x.size()[0], context.hidden_at_once / layer.w_gate.size()[0]);
+    if let [(from, count)] = parts[..] {
         return of(from, count);
     }
     let all = x.f_empty_like()?;
-    for &(from, count) in parts {
+    for (from, count) in parts {
         all.f_narrow(0, from, count)?.f_copy_(&of(from, count)?)?;
     }
     Ok(all)
