@@ -30,7 +30,7 @@
 // A warp keeps 16 rows of the state, or of its transpose, in registers, so that its columns of the output are its own affair:
 // what it has of the state is the B of one product and the D of the next. It has 16 channels of V, or (OUTER) of K. Warps share
 // tiles of 32 tokens, q' and k' in them, and the A or D of each group. One pass for dv and dk would read less, but needs all
-// registers for one block on a multiprocessor, which waits longer than two.
+// registers for one block on a multiprocessor, which waits longer than the two that bf16 has room for.
 
 #ifndef KIND
 #define KIND 0

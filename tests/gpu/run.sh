@@ -41,6 +41,7 @@ kernels() {
     OMP_NUM_THREADS=2 "$P/$1" "${@:2}" --nocapture --test-threads=1 > "$LOGS/$name.log" 2>&1
     local status=$?
     echo "$name: $(grep '^test result' "$LOGS/$name.log"), $([ $status = 0 ] || echo FAILED) rc $status"
+    [ $status = 0 ] || grep -A 1 panicked "$LOGS/$name.log" | tail -n 20
     return $status
   }
   export -f go
@@ -64,6 +65,7 @@ sanitizer() {
     compute-sanitizer --tool "$1" "${others[@]}" --error-exitcode 1 "$P/$2" ${3:-} --test-threads=1 > "$LOGS/$name.log" 2>&1
     status=$?
     echo "$name: $(grep -E 'SUMMARY|^test result' "$LOGS/$name.log" | tail -n 2 | paste -s -d ' '), $([ $status = 0 ] || echo FAILED) rc $status"
+    [ $status = 0 ] || grep -E -A 1 'panicked|Error:|Invalid' "$LOGS/$name.log" | tail -n 20
     return $status
   }
   export -f go
@@ -79,7 +81,8 @@ attend() { OMP_NUM_THREADS=1 LASP=$P/lasp python3 tests/pytorch/attend.py --devi
 
 # 20 steps of a small model, pure linear and hybrid: the losses of 1, 2 and 4 ranks with GPUs are those of one CPU.
 training() {
-  local runs=$LOGS/runs device=${LASP_DEVICE:-cuda} jobs counts=()
+  local runs=$LOGS/runs device=${LASP_DEVICE:-cuda} jobs counts=() found
+  found=$("$P/lasp" doctor --json) || return 1
   rm -rf "$runs" && mkdir -p "$runs"
   # Always the same: how much steps amplify rounding depends on the data.
   python3 tests/gpu/corpus.py "$runs/texts" &&
@@ -92,7 +95,7 @@ training() {
       < /dev/null > "$runs/$name.log" 2>&1 || { echo "$name: rc $?"; tail -n 20 "$runs/$name.log"; }
   }
   for ranks in 1 2 4; do
-    if ! "$P/lasp" doctor --json | python3 tests/gpu/compare.py --allows "$ranks" "$device"; then continue; fi
+    python3 tests/gpu/compare.py --allows "$ranks" "$device" <<< "$found" || continue
     jobs=() counts+=("$ranks")
     for pattern in L LLLN; do
       go $pattern $ranks "$device" & jobs+=($!)
@@ -100,12 +103,13 @@ training() {
     done
     wait "${jobs[@]}"
   done
-  python3 tests/gpu/losses.py "$runs" "$device" "${counts[@]}"
+  [ ${#counts[@]} = 0 ] || python3 tests/gpu/losses.py "$runs" "$device" "${counts[@]}"
 }
 
 # Every method in every mode, at lengths of which one is odd: a row has figures only where parity and bytes are right.
 compare() {
-  local out=$LOGS/compare device=${LASP_DEVICE:-cuda} failed=0
+  local out=$LOGS/compare device=${LASP_DEVICE:-cuda} failed=0 found
+  found=$("$P/lasp" doctor --json) || return 1
   rm -rf "$out" && mkdir -p "$out"
   go() { # ranks mode mixer
     local name=$1-$2-$3 start=()
@@ -115,7 +119,7 @@ compare() {
       python3 tests/gpu/compare.py "$out/$name/results.jsonl" "$device" "$1" || { echo "$name: FAILED"; tail -n 20 "$out/$name.log"; failed=1; }
   }
   for ranks in 1 2 4; do
-    if ! "$P/lasp" doctor --json | python3 tests/gpu/compare.py --allows "$ranks" "$device"; then continue; fi
+    python3 tests/gpu/compare.py --allows "$ranks" "$device" <<< "$found" || continue
     for mode in operator train layer; do
       # Four ranks have more communicators to make, and nothing that two have not, but in the operators themselves.
       [ $ranks = 4 ] && [ $mode = layer ] && continue

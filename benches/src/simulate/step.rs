@@ -1,6 +1,6 @@
 //! One training step on the timeline: forward and backward of every layer, the loss, the sum of gradients, AdamW. A linear
 //! layer's order of work is that of `runtime::sequence::linear`: summarize, exchange in flight, intra-rank work, wait, add;
-//! backward is its mirror.
+//! backward is its mirror. Checkpointed layers compute all of forward again, as most trainers do; ours leaves out an MLP's output.
 
 use runtime::config::{Config, DecayKind, DeviceKind, LayerKind, LayoutKind, ParallelConfig};
 use runtime::estimate::{self, Estimate};

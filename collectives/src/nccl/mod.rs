@@ -88,8 +88,8 @@ pub enum Check {
 /// Whether short gathers among the processes of one machine go by copies between their memories: see `peers.rs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerCopies {
-    /// Up to the size to which they are quicker than NCCL beside other work, measured when a group's communicator is made; not among
-    /// ranks that share a GPU.
+    /// Up to the size to which they are quicker than NCCL beside other work, measured when a group's communicator is made; not where
+    /// any ranks share a GPU.
     Measured,
     /// Up to 1 MiB a rank, wherever the driver allows them.
     Always,

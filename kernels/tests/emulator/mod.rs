@@ -22,8 +22,9 @@ pub fn device(arch: u32) -> Option<Device> {
     *DEVICE.get_or_init(|| {
         if bridge::open_cuda().is_ok() && tch::Cuda::is_available() {
             // What one test has compiled is there for the next.
-            let folder = std::env::var_os("LASP_KERNELS").map(PathBuf::from);
-            cuda::keep_in(Some(folder.unwrap_or_else(|| std::env::temp_dir().join("lasp-test-kernels"))));
+            let named = std::env::var_os("LASP_KERNELS").map(PathBuf::from);
+            let folder = named.unwrap_or_else(|| std::env::temp_dir().join("lasp-test-kernels"));
+            cuda::keep_in(Some(folder).filter(|folder| !folder.as_os_str().is_empty()));
             if sanitized() {
                 // By lane 0 alone, after a barrier of its warp, racecheck takes arrivals for hazards.
                 cuda::also_define(&["EVERY_THREAD_ARRIVES=1"]);

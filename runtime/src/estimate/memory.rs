@@ -121,7 +121,8 @@ fn left_product(config: &Config) -> bool {
     method::left_product(&config.parallel.linear_method).is_some()
 }
 
-/// Whether the MLP of a checkpointed layer goes through its rows in parts, which computes its output only once.
+/// Whether the MLP of a checkpointed layer goes through its rows in parts, which computes its output only once. Beside a left
+/// product only softmax layers do, and are counted as if they did not.
 pub(super) fn in_parts(config: &Config) -> bool {
     gpu(config) && !left_product(config)
 }

@@ -53,12 +53,13 @@ impl Unwritten {
         self.lock().remove(&(grad.data_ptr() as usize)).is_some()
     }
 
-    /// Zeroes those that a backward has left: weights that had no part in the loss.
-    pub(crate) fn zero_rest(&self) -> Result<()> {
-        for (_, mut grad) in self.lock().drain() {
-            let _ = grad.f_zero_()?;
+    /// Zeroes those that a backward has left, of weights that had no part in the loss, and says how many they were.
+    pub(crate) fn zero_rest(&self) -> Result<usize> {
+        let rest: Vec<Tensor> = self.lock().drain().map(|(_, grad)| grad).collect();
+        for grad in &rest {
+            let _ = grad.shallow_clone().f_zero_()?;
         }
-        Ok(())
+        Ok(rest.len())
     }
 }
 
@@ -148,9 +149,10 @@ impl Gated {
     fn backward(self, layer: &Mlp, dy: &Tensor, unwritten: &Unwritten) -> kernels::Result<[Option<Tensor>; 5]> {
         let Self { normed, gate, up } = self;
         let dy_rows = rows(dy)?;
-        let grads = block::swiglu_backward(gate, up, block::product(&dy_rows, &layer.w_down)?)?;
-        let d_down = weight_grad(&layer.w_down, &dy_rows, &grads.hidden, unwritten)?;
-        let block::SwigluGrads { d_gate, d_up, .. } = grads;
+        let d_hidden = block::product(&dy_rows, &layer.w_down)?;
+        let block::SwigluGrads { hidden, d_gate, d_up } = block::swiglu_backward(gate, up, d_hidden)?;
+        let d_down = weight_grad(&layer.w_down, &dy_rows, &hidden, unwritten)?;
+        drop(hidden);
         let n = normed.again()?;
         let of = |w, dy| weight_grad(w, dy, &n, unwritten);
         let (dw_gate, dw_up) = (of(&layer.w_gate, &d_gate)?, of(&layer.w_up, &d_up)?);
@@ -288,9 +290,10 @@ pub(super) fn linear(layer: &LinearLayer, norm: &Tensor, context: &Context, x: &
         let [wq, wk, wv, wo] = &weights[..] else { return Ok(vec![]) };
         let dy_rows = rows(&dy)?;
         let d_mixed = by_heads(&block::product(&dy_rows, wo)?)?;
-        let head = block::gated_norm_backward(o, &layer.o_norm, gate, d_mixed, eps)?;
-        let d_wo = weight_grad(wo, &dy_rows, &head.y.f_view([b * t, d])?, &unwritten)?;
-        let block::GatedNormGrads { d_o, d_weight: d_o_norm, d_gate, .. } = head;
+        let block::GatedNormGrads { y, d_o, d_weight: d_o_norm, d_gate } =
+            block::gated_norm_backward(o, &layer.o_norm, gate, d_mixed, eps)?;
+        let d_wo = weight_grad(wo, &dy_rows, &y.f_view([b * t, d])?, &unwritten)?;
+        drop(y);
 
         (saved.inputs().q, saved.inputs().k) = (by_heads(&block::silu(&q)?)?, by_heads(&block::silu(&k)?)?);
         let place = shard.at(Place::Backward(LayerKind::Linear));

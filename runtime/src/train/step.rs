@@ -145,7 +145,13 @@ impl Trainer {
             let counted = batch.counted;
             let seed = loss.f_ones_like()?.f_mul_scalar(1.0 / expected)?;
             kernels::bridge::backward(&loss, &seed)?;
-            batch.context.unwritten.zero_rest()?;
+            let left = batch.context.unwritten.zero_rest()?;
+            if left > 0 && done.is_some() {
+                // Ranks have added up what was there before.
+                let problem =
+                    format!("the gradients of {left} weights were summed over ranks before they were written");
+                return Err(kernels::Error::Unsupported(problem).into());
+            }
             let _ = loss_sum.f_add_(&loss.f_detach()?)?;
             labels += counted;
         }
