@@ -30,9 +30,11 @@ struct How {
     fused: bool,
     checkpoint: bool,
     ranks: usize,
+    attention: &'static str,
 }
 
-const PLAIN: How = How { kind: Kind::Double, device: Device::Cpu, fused: false, checkpoint: false, ranks: 1 };
+const PLAIN: How =
+    How { kind: Kind::Double, device: Device::Cpu, fused: false, checkpoint: false, ranks: 1, attention: "lasp2h" };
 
 /// The loss and the gradient of all parameters, summed over ranks, of one sequence with three documents. The parameters are
 /// the same bf16 numbers in every kind.
@@ -50,7 +52,7 @@ fn gradients(config: &Config, how: How) -> (Tensor, Tensor) {
         model.params.share_grads(&grad)?;
         let layout = Layout::new(config.parallel.layout, TOKENS, how.ranks)?;
         let plan = Plan::new(layout, Some(&[0, 20, 21, TOKENS]), group.rank())?;
-        let (linear, attention) = (method::linear("lasp2", &group)?, method::attention("lasp2h")?);
+        let (linear, attention) = (method::linear("lasp2", &group)?, method::attention(how.attention)?);
         let numbers = |factor: i64| -> Result<Tensor, Error> {
             let all = (Tensor::arange(TOKENS, (Kind::Int64, Device::Cpu)) * factor).remainder(251);
             Ok(plan.layout.shard(&all.unsqueeze(0), 1, plan.rank)?.to_device(how.device))
@@ -87,10 +89,19 @@ fn fused_nodes_are_exact() {
         for gate in [true, false] {
             let config = config(&[&format!("model.decay={decay}"), &format!("model.output_gate={gate}")]);
             let (loss, grad) = gradients(&config, PLAIN);
-            for (checkpoint, ranks) in [(false, 1), (true, 1), (false, 2), (true, 3)] {
-                let how = How { fused: true, checkpoint, ranks, ..PLAIN };
+            let [gather, ring, heads] = ["lasp2h", "ring", "ulysses"];
+            for (checkpoint, ranks, attention) in [
+                (false, 1, gather),
+                (true, 1, gather),
+                (false, 2, heads),
+                (true, 3, gather),
+                (true, 2, ring),
+                (true, 2, heads),
+            ] {
+                let how = How { fused: true, checkpoint, ranks, attention, ..PLAIN };
                 let (fused_loss, fused_grad) = gradients(&config, how);
-                let name = format!("decay {decay}, gate {gate}, checkpointing {checkpoint}, sp = {ranks}");
+                let name =
+                    format!("decay {decay}, gate {gate}, checkpointing {checkpoint}, sp = {ranks} by {attention}");
                 assert_close(&format!("{name}: loss"), &fused_loss, &loss, 1e-12);
                 assert_close(&format!("{name}: gradient"), &fused_grad, &grad, 1e-10);
             }

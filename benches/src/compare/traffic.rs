@@ -63,10 +63,11 @@ pub(super) fn expected(options: &Options, entrant: &Entrant, plan: &Plan) -> Vec
         return vec![forward, backward];
     }
     let passes = (train.batch / train.micro_batch.max(1)) as u64;
-    let forwards = if train.activation_checkpointing { 2 } else { 1 };
     let mut step = Expected::default();
     for kind in config.model.layer_kinds() {
         let mixer = if kind == LayerKind::Linear { Mixer::Linear } else { Mixer::Softmax };
+        let once = mixer == Mixer::Softmax && entrant.attention.attends_once();
+        let forwards = if train.activation_checkpointing && !once { 2 } else { 1 };
         let [forward, backward] = layer(options, entrant, plan, mixer, train.micro_batch as i64);
         step = step.plus(forward.times(passes * forwards)).plus(backward.times(passes));
     }

@@ -1,6 +1,7 @@
 //! One training step on the timeline: forward and backward of every layer, the loss, the sum of gradients, AdamW. A linear
 //! layer's order of work is that of `runtime::sequence::linear`: summarize, exchange in flight, intra-rank work, wait, add;
-//! backward is its mirror. Checkpointed layers compute all of forward again, as most trainers do; ours leaves out an MLP's output.
+//! backward is its mirror. Checkpointed layers compute forward again, but for softmax attention where its output is
+//! kept; on GPUs ours leaves out an MLP's output too.
 
 use runtime::config::{Config, DecayKind, DeviceKind, LayerKind, LayoutKind, ParallelConfig};
 use runtime::estimate::{self, Estimate};
@@ -66,7 +67,6 @@ impl Moved {
         let truncated = matches!(method.linear, Linear::Truncated { .. });
         let decay = DecayForm::of(costs.decay);
         let [softmax, linear] = [LayerKind::Softmax, LayerKind::Linear].map(|kind| layer_sizes(work.config, kind));
-        let forwards = if work.config.train.activation_checkpointing { 2 } else { 1 };
         // Layers of a kind are alike, but for how far a truncated scan reaches.
         let mut sorts: Vec<(LayerKind, Option<[Reach; 2]>, f64)> = Vec::new();
         for (layer, &kind) in kinds.iter().enumerate() {
@@ -93,6 +93,7 @@ impl Moved {
                 };
                 let count = |of: &Messages| of.iter().map(|(_, count)| count.messages).sum::<u64>();
                 let times = layers * work.passes as f64 / work.gpus as f64;
+                let forwards = if again(work, method, *kind)? { 2 } else { 1 };
                 let [forward, backward] =
                     [&traffic.forward, &traffic.backward].map(|of| [count(of), of.bytes().received]);
                 moved.messages += times * (forwards * forward[0] + backward[0]) as f64;
@@ -102,6 +103,12 @@ impl Moved {
         }
         Ok(moved)
     }
+}
+
+/// Whether backward computes a layer's operator again.
+fn again(work: &Workload, method: &Method, kind: LayerKind) -> Result<bool> {
+    let once = kind == LayerKind::Softmax && method::attention(method.softmax.name())?.attends_once();
+    Ok(work.config.train.activation_checkpointing && !once)
 }
 
 /// The step time alone.
@@ -128,16 +135,17 @@ fn on_host(host: &Host, costs: &Costs, method: &Method, work: &Workload, free: b
     let mut seconds = host.sum_gradients(network, work.world(), costs.parameters())?;
     // Groups compete for the cores as the ranks of one do.
     let crowd = sharing.max(1.0) / (work.gpus as f64 / host.cores as f64).max(1.0);
-    let again = if work.config.train.activation_checkpointing { 2.0 } else { 1.0 };
+    let times = |again: bool| if again { 2.0 } else { 1.0 };
     for softmax in [false, true] {
         let kind = if softmax { LayerKind::Softmax } else { LayerKind::Linear };
         let layers = work.config.model.layer_kinds().iter().filter(|found| **found == kind).count() as f64;
         if layers > 0.0 {
             let [forward, backward] = operators(host, network, costs, method, kind, work)?;
             let dense = |pass: Pass, factor: f64| factor * costs.dense(kind, pass).iter().sum::<f64>();
-            seconds += passes * crowd * (again * forward + backward);
-            local +=
-                passes * layers * (again * dense(Pass::Forward, dense_forward) + dense(Pass::Backward, dense_backward));
+            seconds += passes * crowd * (times(again(work, method, kind)?) * forward + backward);
+            let dense_forward = dense(Pass::Forward, dense_forward);
+            let forwards = times(work.config.train.activation_checkpointing);
+            local += passes * layers * (forwards * dense_forward + dense(Pass::Backward, dense_backward));
         }
     }
     Ok(seconds + sharing * local)
@@ -339,8 +347,10 @@ fn run<'a>(
         for layer in layers.iter().copied().enumerate().rev() {
             let kind = layer.1;
             step.gather_weights(kind);
-            if work.config.train.activation_checkpointing {
+            if again(work, method, kind)? {
                 step.layer(layer, Pass::Forward)?;
+            } else if work.config.train.activation_checkpointing {
+                step.timeline.work(costs.dense(kind, Pass::Forward).iter().sum());
             }
             step.layer(layer, Pass::Backward)?;
             // Gradients of passes before the last stay where they are.

@@ -107,18 +107,18 @@ pub fn backward(output: &Tensor, grad: &Tensor) -> Result<()> {
     unsafe { check(lasp_backward(output.as_ptr(), grad.as_ptr())) }
 }
 
-/// Activation checkpointing: computes `first` of `x` without keeping what its backward needs. In backward `again` is given x and the
-/// gradient of the output, computes the output once more and gives it with its gradient; or another tensor with its own, from
-/// which backward comes to the same.
+/// Activation checkpointing: computes `first` of `x`, the output and what little is to be kept beside x, without keeping the rest of
+/// what its backward needs. In backward `again` is given x, what was kept and the gradient of the output, computes the output
+/// once more and gives it with its gradient; or another tensor with its own, from which backward comes to the same.
 ///
 /// Parameters used inside `again` accumulate their gradients during that second run. Collectives inside it are issued again, in
 /// the same order on every rank.
-pub fn checkpoint(
+pub fn checkpoint<Kept: Send + 'static>(
     x: &Tensor,
-    first: impl FnOnce(&Tensor) -> Result<Tensor>,
-    again: impl FnOnce(&Tensor, Tensor) -> Result<(Tensor, Tensor)> + Send + 'static,
+    first: impl FnOnce(&Tensor) -> Result<(Tensor, Kept)>,
+    again: impl FnOnce(&Tensor, Kept, Tensor) -> Result<(Tensor, Tensor)> + Send + 'static,
 ) -> Result<Tensor> {
-    let out = {
+    let (out, kept) = {
         let _guard = tch::no_grad_guard();
         first(&x.f_detach()?)?
     };
@@ -126,7 +126,7 @@ pub fn checkpoint(
     attach(&[x], &[&out], move |mut grads: Vec<Option<Tensor>>| {
         let Some(grad) = grads.swap_remove(0) else { return Ok(vec![None]) };
         let x = saved.f_detach()?.f_set_requires_grad(true)?;
-        let (output, grad) = tch::with_grad(|| again(&x, grad))?;
+        let (output, grad) = tch::with_grad(|| again(&x, kept, grad))?;
         backward(&output, &grad)?;
         Ok(vec![Some(x.f_grad()?)])
     })?;

@@ -1,10 +1,10 @@
 //! Floating-point operations, a multiplication and an addition counted as two. Only products of matrices count; a step is
-//! forward and twice that for backward, and forward once more where activations are checkpointed, on a GPU but for the MLPs' last
-//! products.
+//! forward and twice that for backward, and forward once more where activations are checkpointed: but for softmax attention, where
+//! what it gave is kept, and on a GPU but for the MLPs' last products.
 
 use serde::Serialize;
 
-use super::memory::in_parts;
+use super::memory::{attends_once, in_parts};
 use super::{Parameters, Sizes};
 use crate::config::Config;
 
@@ -33,7 +33,8 @@ pub(super) fn count(config: &Config, s: &Sizes, parameters: &Parameters) -> Flop
     let softmax = layers(s.softmax_layers, s.h * s.k * (s.l + 1));
     let logits = layers(1, s.vocab * s.d);
     let forward = projections + linear + softmax + logits;
-    let mut again = if config.train.activation_checkpointing { projections + linear + softmax } else { 0.0 };
+    let attend_again = if attends_once(config) { 0.0 } else { softmax };
+    let mut again = if config.train.activation_checkpointing { projections + linear + attend_again } else { 0.0 };
     if again > 0.0 && in_parts(config) {
         again -= layers(s.linear_layers + s.softmax_layers, s.mlp * s.d);
     }

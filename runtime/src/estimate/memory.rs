@@ -145,6 +145,11 @@ fn states_inside(config: &Config, s: &Sizes) -> i64 {
     2 * blocks + crossing * s.b * s.h
 }
 
+/// Whether checkpointed softmax layers keep what they have attended to, rather than attend again.
+pub(super) fn attends_once(config: &Config) -> bool {
+    method::attention(&config.parallel.softmax_method).is_ok_and(|attention| attention.attends_once())
+}
+
 /// What one rank's softmax attention computes at once.
 struct Attended {
     heads: i64,
@@ -193,6 +198,12 @@ fn kept_attention(config: &Config, s: &Sizes) -> i64 {
             s.b * s.t * (2 * (s.h + s.kv) * s.k * s.width + s.h * s.wide) + sums
         }
     }
+}
+
+/// o and the log-sum-exp of a layer, where checkpointed ones keep them.
+fn kept_attended(config: &Config, s: &Sizes) -> i64 {
+    let o = if config.parallel.softmax_method == "ring" { s.wide } else { s.width };
+    if attends_once(config) { s.b * s.t * s.h * (s.k * o + s.wide) } else { 0 }
 }
 
 /// Numbers of the decay for a token.
@@ -254,7 +265,9 @@ fn activations(config: &Config, s: &Sizes) -> Activations {
         linear_layer: linear,
         softmax_layer: softmax,
         without_checkpointing: s.linear_layers * linear + s.softmax_layers * softmax + last,
-        with_checkpointing: (s.linear_layers + s.softmax_layers) * x + again,
+        with_checkpointing: (s.linear_layers + s.softmax_layers) * x
+            + s.softmax_layers * kept_attended(config, s)
+            + again,
         checkpointing: config.train.activation_checkpointing,
     }
 }

@@ -64,7 +64,6 @@ impl Sum {
 
 /// `plan`: of one document.
 pub(super) fn count(config: &Config, s: &Sizes, plan: &Plan) -> sequence::Result<Traffic> {
-    let forwards = s.passes * if config.train.activation_checkpointing { 2 } else { 1 };
     let mut messages = Vec::new();
     for (kind, place, places) in
         [(LayerKind::Linear, "linear layer", s.linear_layers), (LayerKind::Softmax, "softmax layer", s.softmax_layers)]
@@ -72,6 +71,8 @@ pub(super) fn count(config: &Config, s: &Sizes, plan: &Plan) -> sequence::Result
         if places == 0 {
             continue;
         }
+        let once = kind == LayerKind::Softmax && memory::attends_once(config);
+        let forwards = s.passes * if config.train.activation_checkpointing && !once { 2 } else { 1 };
         for (traffic, places) in of_layers(config, s, plan, kind, places)? {
             let mut add = |what, times, moved: &Messages| {
                 messages.extend(moved.iter().map(|((group, op), count)| {

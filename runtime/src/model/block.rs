@@ -7,6 +7,7 @@ use super::softmax_layer::{self, SoftmaxLayer};
 use super::{Cache, Context, Error, Init, KvCache, Params, Result, Spec, fused, rms_norm};
 use crate::config::{LayerKind, ModelConfig};
 use crate::sequence::LinearMethod;
+use crate::sequence::attention::Attended;
 
 /// Parameters of one block. What writes into the residual stream starts smaller, by the root of how many do (GPT-2).
 pub(super) fn specs(config: &ModelConfig, layer: usize, kind: LayerKind) -> Vec<Spec> {
@@ -87,24 +88,27 @@ impl Block {
 
     /// x `[B, T, D]`, this rank's tokens -> `[B, T, D]`.
     pub fn forward(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
-        let x = self.mix(context, x)?;
+        let (x, _) = self.mix(context, x, None)?;
         if self.fused(context) { fused::mlp(&self.mlp, context, &x) } else { self.mlp.forward(&x) }
     }
 
-    /// [`Block::forward`] that keeps nothing but x, and computes the rest again in backward.
+    /// [`Block::forward`] that keeps x, and of softmax layers [`Attended`], and computes the rest again in backward.
     pub fn checkpointed(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
-        let first = |x: &Tensor| -> Result<Tensor> {
-            let x = self.mix(context, x)?;
-            if self.fused(context) { fused::mlp_in_parts(&self.mlp, context, &x) } else { self.mlp.forward(&x) }
+        let first = |x: &Tensor| -> Result<(Tensor, Option<Attended>)> {
+            let (x, attended) = self.mix(context, x, None)?;
+            let fused = self.fused(context);
+            let y = if fused { fused::mlp_in_parts(&self.mlp, context, &x) } else { self.mlp.forward(&x) }?;
+            Ok((y, attended))
         };
         let (block, at) = (self.shallow_clone(), context.shallow_clone());
-        let again = move |x: &Tensor, dy: Tensor| -> Result<(Tensor, Tensor)> {
-            let x = block.mix(&at, x)?;
+        let again = move |x: &Tensor, attended: Option<Attended>, dy: Tensor| -> Result<(Tensor, Tensor)> {
+            let (x, _) = block.mix(&at, x, attended)?;
             if block.fused(&at) { fused::mlp_again(&block.mlp, &at, &x, dy) } else { Ok((block.mlp.forward(&x)?, dy)) }
         };
         let unsupported = |error: Error| kernels::Error::Unsupported(error.to_string());
         let first = |x: &Tensor| first(x).map_err(unsupported);
-        Ok(kernels::bridge::checkpoint(x, first, move |x, dy| again(x, dy).map_err(unsupported))?)
+        let again = move |x: &Tensor, attended, dy| again(x, attended, dy).map_err(unsupported);
+        Ok(kernels::bridge::checkpoint(x, first, again)?)
     }
 
     /// Whether halves of this block are the nodes of `fused`.
@@ -130,23 +134,23 @@ impl Block {
         weights
     }
 
-    /// The first half: x and what the mixer makes of it.
-    fn mix(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
+    /// The first half: x and what the mixer makes of it; and what of softmax attention need not be computed again, or was `before`.
+    fn mix(&self, context: &Context, x: &Tensor, before: Option<Attended>) -> Result<(Tensor, Option<Attended>)> {
         match &self.mixer {
             Mixer::Linear(layer) if self.fused(context) => {
-                return fused::linear(layer, &self.attn_norm, context, x);
+                return Ok((fused::linear(layer, &self.attn_norm, context, x)?, None));
             }
             Mixer::Softmax(layer) if self.fused(context) => {
-                return fused::softmax(layer, &self.attn_norm, self.eps, context, x);
+                return fused::softmax(layer, (&self.attn_norm, self.eps), context, x, before);
             }
             _ => {}
         }
         let normed = rms_norm(x, &self.attn_norm, self.eps)?;
-        let mixed = match &self.mixer {
-            Mixer::Linear(layer) => layer.forward(context, &normed)?,
-            Mixer::Softmax(layer) => layer.forward(context, &normed)?,
+        let (mixed, attended) = match &self.mixer {
+            Mixer::Linear(layer) => (layer.forward(context, &normed)?, None),
+            Mixer::Softmax(layer) => layer.forward(context, &normed, before)?,
         };
-        Ok(x.f_add(&mixed)?)
+        Ok((x.f_add(&mixed)?, attended))
     }
 
     pub(super) fn decode(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {

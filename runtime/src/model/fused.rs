@@ -15,7 +15,8 @@ use super::linear_layer::LinearLayer;
 use super::softmax_layer::SoftmaxLayer;
 use super::{Context, Result};
 use crate::config::LayerKind;
-use crate::sequence::{Place, attention, linear};
+use crate::sequence::attention::{self, Attended};
+use crate::sequence::{Place, linear};
 
 type Grads = kernels::Result<Vec<Option<Tensor>>>;
 
@@ -340,8 +341,15 @@ fn decay_backward(layer: &LinearLayer, n: &Tensor, d_decay: &Tensor) -> kernels:
     Ok(n.f_grad()?)
 }
 
-/// `x + out(attention(q, k, v))` of the projections of n, the norm of x; q and k turned by their angles.
-pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &Context, x: &Tensor) -> Result<Tensor> {
+/// `x + out(attention(q, k, v))` of the projections of n, the norm of x; q and k turned by their angles. And what attention need not
+/// compute again, or has `before`.
+pub(super) fn softmax(
+    layer: &SoftmaxLayer,
+    (norm, eps): (&Tensor, f64),
+    context: &Context,
+    x: &Tensor,
+    before: Option<Attended>,
+) -> Result<(Tensor, Option<Attended>)> {
     let (b, t, d) = x.size3()?;
     let inputs = [x, norm, &layer.wq, &layer.wk, &layer.wv, &layer.wo];
     let (shard, head_dim) = (context.shard.clone(), layer.head_dim);
@@ -350,7 +358,7 @@ pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &C
         let heads = x.size()[1] / head_dim;
         Ok(x.f_view([b, t, heads, head_dim])?)
     };
-    let (y, normed, o, saved) = {
+    let (y, normed, o, saved, attended) = {
         let _guard = tch::no_grad_guard();
         let (normed, n) = Normed::new(x, norm, eps)?;
         let turned = |w| block::rotary(&by_heads(&project(&n, w)?)?, &cos, &sin, false);
@@ -358,9 +366,10 @@ pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &C
         drop(n);
         let given = attention::Inputs::new(&q, &k, &v, layer.scale(), true)?;
         let _place = shard.at(Place::Forward(LayerKind::Softmax));
-        let attention::Forward { o, saved } = shard.attention.forward(&shard, &given)?;
+        let attention::Forward { o, saved } = attention::forward(&shard, &given, before)?;
+        let attended = Attended::of(shard.attention.as_ref(), &saved);
         let y = add_projection(x, &o.f_reshape([b * t, d])?, &layer.wo)?;
-        (y, normed, o, saved)
+        (y, normed, o, saved, attended)
     };
     let (weights, unwritten) = (clones(&inputs[2..]), context.unwritten.clone());
     kernels::bridge::attach(&inputs, &[&y], move |mut grads: Vec<Option<Tensor>>| -> Grads {
@@ -387,5 +396,5 @@ pub(super) fn softmax(layer: &SoftmaxLayer, norm: &Tensor, eps: f64, context: &C
         let [dx, d_norm] = normed.backward(d_rows, &dy)?;
         Ok([dx, d_norm].into_iter().chain(d_weights).collect())
     })?;
-    Ok(y)
+    Ok((y, attended))
 }

@@ -7,6 +7,7 @@ use super::context::angles;
 use super::{Context, Init, Params, Result, Spec, rotary};
 use crate::config::ModelConfig;
 use crate::sequence;
+use crate::sequence::attention::{self, Attended};
 
 pub(super) fn specs(config: &ModelConfig, prefix: &str, residual: Init) -> Vec<Spec> {
     let (d, kv) = (config.dim, config.kv_heads * config.head_dim());
@@ -53,11 +54,17 @@ impl SoftmaxLayer {
         1.0 / (self.head_dim as f64).sqrt()
     }
 
-    /// x `[B, T, D]`, this rank's tokens -> `[B, T, D]`.
-    pub(super) fn forward(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
+    /// x `[B, T, D]`, this rank's tokens -> `[B, T, D]`; and what attention need not compute again, or has `before`.
+    pub(super) fn forward(
+        &self,
+        context: &Context,
+        x: &Tensor,
+        before: Option<Attended>,
+    ) -> Result<(Tensor, Option<Attended>)> {
         let (q, k, v) = self.project(x, &context.cos, &context.sin)?;
-        let o = sequence::softmax_attention(&context.shard, &q, &k, &v, self.scale())?;
-        self.output(x, &o)
+        let given = attention::Inputs::new(&q, &k, &v, self.scale(), true)?;
+        let (o, attended) = sequence::softmax_attention_after(&context.shard, &given, [&q, &k, &v], before)?;
+        Ok((self.output(x, &o)?, attended))
     }
 
     /// The same for tokens that follow those in `cache`, to which they are added.

@@ -30,7 +30,7 @@ pub use plan::{Chain, Link, Piece, Plan};
 pub use traffic::{Bytes, Count, LayerSizes, Messages, Traffic};
 
 use crate::config::LayerKind;
-use attention::Attention;
+use attention::{Attended, Attention};
 use left_product::LeftProduct;
 use scan::{DecayForm, Scan, StateSize};
 
@@ -148,14 +148,26 @@ pub fn linear_attention(
 ///
 /// q `[B, T, H, K]`, k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`: this rank's tokens in local order. Returns o `[B, T, H, V]`.
 pub fn softmax_attention(shard: &Arc<Shard>, q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    Ok(softmax_attention_after(shard, &attention::Inputs::new(q, k, v, scale, true)?, [q, k, v], None)?.0)
+}
+
+/// [`softmax_attention`] of the nodes `of` of the graph, whose numbers are x; and what it need not compute again. `before`: that, from
+/// an earlier time.
+pub(crate) fn softmax_attention_after(
+    shard: &Arc<Shard>,
+    x: &attention::Inputs,
+    of: [&Tensor; 3],
+    before: Option<Attended>,
+) -> Result<(Tensor, Option<Attended>)> {
     let _place = shard.at(Place::Forward(LayerKind::Softmax));
-    let forward = shard.attention.forward(shard, &attention::Inputs::new(q, k, v, scale, true)?)?;
+    let forward = attention::forward(shard, x, before)?;
+    let attended = Attended::of(shard.attention.as_ref(), &forward.saved);
     let (node, saved) = (shard.clone(), forward.saved);
-    kernels::bridge::attach(&[q, k, v], &[&forward.o], move |mut grads: Vec<Option<Tensor>>| {
+    kernels::bridge::attach(&of, &[&forward.o], move |mut grads: Vec<Option<Tensor>>| {
         let Some(d_o) = grads.swap_remove(0) else { return Ok(vec![None, None, None]) };
         let _place = node.at(Place::Backward(LayerKind::Softmax));
         let grads = node.attention.backward(&node, saved, &d_o).map_err(Error::into_kernels)?;
         Ok(vec![Some(grads.dq), Some(grads.dk), Some(grads.dv)])
     })?;
-    Ok(forward.o)
+    Ok((forward.o, attended))
 }

@@ -60,6 +60,10 @@ fn queries(x: &Tensor, dim: i64, per_kv: i64, (head, heads): (i64, i64)) -> Resu
 }
 
 impl Attention for Lasp2h {
+    fn attends_once(&self) -> bool {
+        true
+    }
+
     fn forward(&self, shard: &Shard, x: &Inputs) -> Result<Forward> {
         let _guard = tch::no_grad_guard();
         let tiles = tiles(&shard.plan, x.causal);

@@ -83,6 +83,29 @@ pub struct Forward {
     pub saved: Saved,
 }
 
+/// o and the log-sum-exp of [`Saved`], for a layer whose activations are computed again: with q, k and v, all but these is quick
+/// (DistFlashAttn's checkpoints, arXiv 2310.03294).
+pub struct Attended {
+    o: Tensor,
+    lse: Tensor,
+}
+
+impl Attended {
+    /// None where the method cannot do with it.
+    pub(crate) fn of(attention: &dyn Attention, saved: &Saved) -> Option<Self> {
+        let Saved { o, lse, .. } = saved;
+        attention.attends_once().then(|| Self { o: o.shallow_clone(), lse: lse.shallow_clone() })
+    }
+}
+
+/// [`Attention::forward`], or what it gave of the same x `before`.
+pub(crate) fn forward(shard: &Shard, x: &Inputs, before: Option<Attended>) -> Result<Forward> {
+    match before {
+        Some(Attended { o, lse }) => Ok(Forward { o: o.f_to_kind(x.q.kind())?, saved: Saved::of(x, o, lse) }),
+        None => shard.attention.forward(shard, x),
+    }
+}
+
 /// Gradients of this rank's tokens, in the kind of the inputs.
 pub struct Grads {
     pub dq: Tensor,
@@ -95,6 +118,11 @@ pub trait Attention: Send + Sync {
     /// Whether a layer of `heads` query heads can be laid over `sp` ranks.
     fn check(&self, _heads: i64, _sp: usize) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether the inputs that it keeps are the layer's own, so that a checkpointed layer attends once and keeps [`Attended`].
+    fn attends_once(&self) -> bool {
+        false
     }
 
     fn forward(&self, shard: &Shard, x: &Inputs) -> Result<Forward>;

@@ -27,6 +27,10 @@ use super::{Attention, Forward, Grads, Inputs, LayerSizes, Piece, Plan, Result, 
 pub struct Ring;
 
 impl Attention for Ring {
+    fn attends_once(&self) -> bool {
+        true
+    }
+
     fn forward(&self, shard: &Shard, x: &Inputs) -> Result<Forward> {
         let _guard = tch::no_grad_guard();
         let mut merged: Option<(Tensor, Tensor)> = None;
