@@ -106,15 +106,18 @@ training() {
   [ ${#counts[@]} = 0 ] || python3 tests/gpu/losses.py "$runs" "$device" "${counts[@]}"
 }
 
-# Every method in every mode, at lengths of which one is odd: a row has figures only where parity and bytes are right.
+# Every method in every mode, at lengths of which one is odd: a row has figures only where parity and bytes are right. Ranks that
+# take turns on a GPU wait for each other's turns in every message: they have one length and one round.
 compare() {
-  local out=$LOGS/compare device=${LASP_DEVICE:-cuda} failed=0 found
+  local out=$LOGS/compare device=${LASP_DEVICE:-cuda} failed=0 found gpus
   found=$("$P/lasp" doctor --json) || return 1
+  gpus=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["gpus"]["detail"]["count"])' <<< "$found") || return 1
   rm -rf "$out" && mkdir -p "$out"
   go() { # ranks mode mixer
-    local name=$1-$2-$3 start=()
+    local name=$1-$2-$3 start=() work=(--seq-lens 1021,4096 --rounds 5)
+    [ "$1" -le "$gpus" ] || [ "$device" = cpu ] || work=(--seq-lens 1021 --rounds 1)
     [ "$1" = 1 ] || start=(mpirun --oversubscribe --bind-to none -n "$1")
-    LASP_LOG=debug "${start[@]}" "$P/lasp" compare --device "$device" --ranks "$1" --mode "$2" --mixer "$3" --seq-lens 1021,4096 --rounds 5 \
+    LASP_LOG=debug "${start[@]}" "$P/lasp" compare --device "$device" --ranks "$1" --mode "$2" --mixer "$3" "${work[@]}" \
       --heads 4 --kv-heads 4 --dim 64 --out "$out/$name" < /dev/null > "$out/$name.log" 2>&1 &&
       python3 tests/gpu/compare.py "$out/$name/results.jsonl" "$device" "$1" || { echo "$name: FAILED"; tail -n 20 "$out/$name.log"; failed=1; }
   }
