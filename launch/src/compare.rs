@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use benches::compare::report::{self, Conditions};
@@ -88,7 +88,7 @@ pub struct Args {
     out: Option<PathBuf>,
 }
 
-/// A length that takes longer is announced.
+/// A length that takes longer is announced, and parity that took longer is told.
 const WORTH_SAYING: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -270,7 +270,15 @@ fn compare(args: &Args, options: &Options, launcher: &Launcher, world: &Group, r
         let same = at > 0 && of_lengths[at - 1].methods == options.methods;
         let comparison = match comparison.take().filter(|_| same) {
             Some(ready) => comparison.insert(ready),
-            None => comparison.insert(Comparison::new(world, options)?),
+            None => {
+                let began = Instant::now();
+                let ready = comparison.insert(Comparison::new(world, options)?);
+                if first && began.elapsed() > WORTH_SAYING {
+                    let time = format_duration(began.elapsed().as_secs_f64());
+                    tracing::info!("{} ranks: every method agrees with the f64 oracle, seen in {time}", world.size());
+                }
+                ready
+            }
         };
         let announce = |time: Duration| {
             if first && time > WORTH_SAYING {
