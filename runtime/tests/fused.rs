@@ -31,10 +31,18 @@ struct How {
     checkpoint: bool,
     ranks: usize,
     attention: &'static str,
+    tokens: i64,
 }
 
-const PLAIN: How =
-    How { kind: Kind::Double, device: Device::Cpu, fused: false, checkpoint: false, ranks: 1, attention: "lasp2h" };
+const PLAIN: How = How {
+    kind: Kind::Double,
+    device: Device::Cpu,
+    fused: false,
+    checkpoint: false,
+    ranks: 1,
+    attention: "lasp2h",
+    tokens: TOKENS,
+};
 
 /// The loss and the gradient of all parameters, summed over ranks, of one sequence with three documents. The parameters are
 /// the same bf16 numbers in every kind.
@@ -50,11 +58,12 @@ fn gradients(config: &Config, how: How) -> (Tensor, Tensor) {
         model.params.fill(&model.params.flat, |name| named.get(name).map(Tensor::shallow_clone))?;
         let grad = Tensor::f_zeros([model.params.numel()], (how.kind, how.device))?;
         model.params.share_grads(&grad)?;
-        let layout = Layout::new(config.parallel.layout, TOKENS, how.ranks)?;
-        let plan = Plan::new(layout, Some(&[0, 20, 21, TOKENS]), group.rank())?;
+        let layout = Layout::new(config.parallel.layout, how.tokens, how.ranks)?;
+        let documents = [0, 20, 21, TOKENS].map(|end| end.min(how.tokens));
+        let plan = Plan::new(layout, Some(&documents), group.rank())?;
         let (linear, attention) = (method::linear("lasp2", &group)?, method::attention(how.attention)?);
         let numbers = |factor: i64| -> Result<Tensor, Error> {
-            let all = (Tensor::arange(TOKENS, (Kind::Int64, Device::Cpu)) * factor).remainder(251);
+            let all = (Tensor::arange(how.tokens, (Kind::Int64, Device::Cpu)) * factor).remainder(251);
             Ok(plan.layout.shard(&all.unsqueeze(0), 1, plan.rank)?.to_device(how.device))
         };
         let (tokens, labels) = (numbers(7)?, numbers(31)?);
@@ -106,6 +115,18 @@ fn fused_nodes_are_exact() {
                 assert_close(&format!("{name}: gradient"), &fused_grad, &grad, 1e-10);
             }
         }
+    }
+}
+
+#[test]
+fn ranks_without_tokens() {
+    let how = How { tokens: 2, ..PLAIN };
+    let config = config(&["model.decay=token"]);
+    let (loss, grad) = gradients(&config, how);
+    for (fused, checkpoint) in [(false, true), (true, false), (true, true)] {
+        let (other_loss, other) = gradients(&config, How { fused, checkpoint, ranks: 3, ..how });
+        assert_close(&format!("fused {fused}, checkpointing {checkpoint}: loss"), &other_loss, &loss, 1e-12);
+        assert_close(&format!("fused {fused}, checkpointing {checkpoint}: gradient"), &other, &grad, 1e-10);
     }
 }
 

@@ -278,7 +278,10 @@ fn costs<'a>(machine: &'a Machine, method: &Method, work: &Workload) -> Result<(
         return Err(Error::LeftProduct { method: method.name.clone() });
     }
     let layout = method.layout.unwrap_or(work.config.parallel.layout);
-    let estimate = estimate::estimate(&resolved(work.config, layout, gpus, seq_len)?)?;
+    let mut config = resolved(work.config, layout, gpus, seq_len)?;
+    // What layers keep depends on it.
+    method.softmax.name().clone_into(&mut config.parallel.softmax_method);
+    let estimate = estimate::estimate(&config)?;
     let activations = estimate.memory.activations.clone();
     Ok((Costs::new(machine, work, layout, estimate.parameters.clone(), activations)?, estimate))
 }

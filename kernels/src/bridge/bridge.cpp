@@ -1,7 +1,8 @@
 // What tch lacks, as C functions: an autograd node whose backward is a Rust closure, backward from a given
 // gradient, opening libtorch_cuda and what only it has: streams, memory statistics, attention with its log-sum-exp; and
 // libtorch's profiler.
-// Tensors cross as `at::Tensor*`, owned by the side that made them.
+// Tensors cross as `at::Tensor*`. Arguments stay the caller's; the gradients that a node's backward is given, and all results, belong to
+// whoever gets them.
 
 #include <dlfcn.h>
 #include <malloc.h>

@@ -111,8 +111,8 @@ pub fn backward(output: &Tensor, grad: &Tensor) -> Result<()> {
 /// what its backward needs. In backward `again` is given x, what was kept and the gradient of the output, computes the output
 /// once more and gives it with its gradient; or another tensor with its own, from which backward comes to the same.
 ///
-/// Parameters used inside `again` accumulate their gradients during that second run. Collectives inside it are issued again, in
-/// the same order on every rank.
+/// Parameters used inside `again` accumulate their gradients during that second run. Collectives inside it are issued then, in the
+/// same order on every rank.
 pub fn checkpoint<Kept: Send + 'static>(
     x: &Tensor,
     first: impl FnOnce(&Tensor) -> Result<(Tensor, Kept)>,

@@ -213,8 +213,8 @@ pub struct TrainConfig {
     pub device: DeviceKind,
     /// Dense bf16 TFLOP/s of one device, of which the MFU is a share; 0: known for A100, H100 and H200, else no MFU. Default 0.
     pub peak_tflops: f64,
-    /// Whether layers recompute their activations in backward, but for what softmax attention gave, instead of keeping them. Default
-    /// false.
+    /// Whether layers recompute their activations in backward instead of keeping them; of softmax layers what attention gave is kept, by
+    /// the methods lasp2h and ring. Default false.
     pub activation_checkpointing: bool,
     /// Steps between lines on the terminal. Default 1.
     pub log_every: u64,

@@ -257,7 +257,8 @@ fn activations(config: &Config, s: &Sizes) -> Activations {
         last = normed + tokens * s.d * s.width;
     }
     // Of the layer that backward is in.
-    let (x, layer) = (tokens * s.d * s.width, largest(s, linear, softmax));
+    // o and the log-sum-exp of the layer that backward is in are among those kept.
+    let (x, layer) = (tokens * s.d * s.width, largest(s, linear, softmax - kept_attended(config, s)));
     // The last norm and the loss are done when backward gets to a layer, whose x is one of those kept.
     let again =
         if in_parts(config) { (layer - kept_mlp(s) + kept_mlp_in_parts(s) - x).max(last) } else { layer + last };

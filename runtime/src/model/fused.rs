@@ -230,11 +230,15 @@ pub(super) fn mlp_again(layer: &Mlp, context: &Context, x: &Tensor, dy: Tensor) 
     Ok((y, d_zero))
 }
 
-/// `(from, count)` of parts of some rows, at most `most` each but for what makes a multiple of 64, and about equal.
+/// `(from, count)` of parts of some rows, at most `most` each but for what makes a multiple of 64, and about equal. Of no rows
+/// one, whose products give weights' gradients of zero.
 fn parts(rows: i64, most: i64) -> Vec<(i64, i64)> {
+    if rows == 0 {
+        return vec![(0, 0)];
+    }
     let count = (rows + most.max(1) - 1) / most.max(1);
-    let each = ((rows + count.max(1) - 1) / count.max(1) + 63) / 64 * 64;
-    (0..rows).step_by(each.max(1) as usize).map(|from| (from, each.min(rows - from))).collect()
+    let each = ((rows + count - 1) / count + 63) / 64 * 64;
+    (0..rows).step_by(each as usize).map(|from| (from, each.min(rows - from))).collect()
 }
 
 /// What `of` makes of each part `(from, count)` of the rows of x, as one tensor of the shape of x.

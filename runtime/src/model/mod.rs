@@ -90,7 +90,7 @@ impl Model {
 
     /// tokens `[B, T]`, this rank's, in local order -> hidden states after the last norm, `[B, T, D]`.
     ///
-    /// `checkpoint`: whether blocks compute their activations again in backward instead of keeping them.
+    /// `checkpoint`: whether blocks compute their activations again in backward instead of keeping them ([`Block::checkpointed`]).
     pub fn forward(
         &self,
         context: &Context,

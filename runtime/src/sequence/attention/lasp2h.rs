@@ -81,8 +81,7 @@ impl Attention for Lasp2h {
             lses.push(lse);
         }
         let (o, lse) = (Tensor::f_cat(&os, 2)?, Tensor::f_cat(&lses, 1)?);
-        let saved = Saved::of(x, o.shallow_clone(), lse);
-        Ok(Forward { o, saved })
+        Ok(Forward { saved: Saved::of(x, &o, lse)?, o })
     }
 
     fn backward(&self, shard: &Shard, saved: Saved, d_o: &Tensor) -> Result<Grads> {

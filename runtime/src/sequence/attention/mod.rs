@@ -72,9 +72,11 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// Of this rank's tokens.
-    fn of(x: &Inputs, o: Tensor, lse: Tensor) -> Self {
-        Self { inputs: x.shallow_clone(), o, lse, heads: x.q.size()[2], kv_heads: x.k.size()[2] }
+    /// Of this rank's tokens. `o`, which a node may give as its output, is not kept as such: a node that owns its own output is
+    /// never freed.
+    fn of(x: &Inputs, o: &Tensor, lse: Tensor) -> Result<Self> {
+        let (heads, kv_heads) = (x.q.size()[2], x.k.size()[2]);
+        Ok(Self { inputs: x.shallow_clone(), o: o.f_detach()?, lse, heads, kv_heads })
     }
 }
 
@@ -101,7 +103,7 @@ impl Attended {
 /// [`Attention::forward`], or what it gave of the same x `before`.
 pub(crate) fn forward(shard: &Shard, x: &Inputs, before: Option<Attended>) -> Result<Forward> {
     match before {
-        Some(Attended { o, lse }) => Ok(Forward { o: o.f_to_kind(x.q.kind())?, saved: Saved::of(x, o, lse) }),
+        Some(Attended { o, lse }) => Ok(Forward { saved: Saved::of(x, &o, lse)?, o: o.f_to_kind(x.q.kind())? }),
         None => shard.attention.forward(shard, x),
     }
 }
@@ -120,7 +122,8 @@ pub trait Attention: Send + Sync {
         Ok(())
     }
 
-    /// Whether the inputs that it keeps are the layer's own, so that a checkpointed layer attends once and keeps [`Attended`].
+    /// Whether what it keeps is [`Saved::of`] the layer's own inputs and o, which may be wider, on every rank alike: then a checkpointed
+    /// layer attends once and keeps [`Attended`].
     fn attends_once(&self) -> bool {
         false
     }

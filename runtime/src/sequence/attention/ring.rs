@@ -52,7 +52,7 @@ impl Attention for Ring {
             Some(merged) => merged,
             None => softmax::forward_partial(&x.q, &x.k, &x.v, &[], x.scale)?,
         };
-        Ok(Forward { o: o.f_to_kind(x.q.kind())?, saved: Saved::of(x, o, lse) })
+        Ok(Forward { saved: Saved::of(x, &o, lse)?, o: o.f_to_kind(x.q.kind())? })
     }
 
     fn backward(&self, shard: &Shard, saved: Saved, d_o: &Tensor) -> Result<Grads> {
