@@ -2,7 +2,7 @@
 
 use runtime::config::LayerKind;
 use runtime::sequence::scan::DecayForm;
-use runtime::sequence::{LayerSizes, Plan};
+use runtime::sequence::{self, LayerSizes, Plan};
 use serde::{Deserialize, Serialize};
 
 use super::method::Entrant;
@@ -66,8 +66,7 @@ pub(super) fn expected(options: &Options, entrant: &Entrant, plan: &Plan) -> Vec
     let mut step = Expected::default();
     for kind in config.model.layer_kinds() {
         let mixer = if kind == LayerKind::Linear { Mixer::Linear } else { Mixer::Softmax };
-        let once = mixer == Mixer::Softmax && entrant.attention.attends_once();
-        let forwards = if train.activation_checkpointing && !once { 2 } else { 1 };
+        let forwards = sequence::forwards(kind, entrant.attention.attends_once(), train.activation_checkpointing);
         let [forward, backward] = layer(options, entrant, plan, mixer, train.micro_batch as i64);
         step = step.plus(forward.times(passes * forwards)).plus(backward.times(passes));
     }

@@ -6,7 +6,7 @@
 use runtime::config::{Config, DecayKind, DeviceKind, LayerKind, LayoutKind, ParallelConfig};
 use runtime::estimate::{self, Estimate};
 use runtime::sequence::scan::{DecayForm, Reach};
-use runtime::sequence::{Messages, method};
+use runtime::sequence::{self, Messages, method};
 
 use super::attention::Attend;
 use super::costs::{Costs, Pass, layer_sizes};
@@ -93,7 +93,7 @@ impl Moved {
                 };
                 let count = |of: &Messages| of.iter().map(|(_, count)| count.messages).sum::<u64>();
                 let times = layers * work.passes as f64 / work.gpus as f64;
-                let forwards = if again(work, method, *kind)? { 2 } else { 1 };
+                let forwards = forwards(work, method, *kind)?;
                 let [forward, backward] =
                     [&traffic.forward, &traffic.backward].map(|of| [count(of), of.bytes().received]);
                 moved.messages += times * (forwards * forward[0] + backward[0]) as f64;
@@ -105,10 +105,10 @@ impl Moved {
     }
 }
 
-/// Whether backward computes a layer's operator again.
-fn again(work: &Workload, method: &Method, kind: LayerKind) -> Result<bool> {
-    let once = kind == LayerKind::Softmax && method::attention(method.softmax.name())?.attends_once();
-    Ok(work.config.train.activation_checkpointing && !once)
+/// How often a layer's operator runs forward.
+fn forwards(work: &Workload, method: &Method, kind: LayerKind) -> Result<u64> {
+    let once = method::attention(method.softmax.name())?.attends_once();
+    Ok(sequence::forwards(kind, once, work.config.train.activation_checkpointing))
 }
 
 /// The step time alone.
@@ -135,17 +135,16 @@ fn on_host(host: &Host, costs: &Costs, method: &Method, work: &Workload, free: b
     let mut seconds = host.sum_gradients(network, work.world(), costs.parameters())?;
     // Groups compete for the cores as the ranks of one do.
     let crowd = sharing.max(1.0) / (work.gpus as f64 / host.cores as f64).max(1.0);
-    let times = |again: bool| if again { 2.0 } else { 1.0 };
+    let again = if work.config.train.activation_checkpointing { 2.0 } else { 1.0 };
     for softmax in [false, true] {
         let kind = if softmax { LayerKind::Softmax } else { LayerKind::Linear };
         let layers = work.config.model.layer_kinds().iter().filter(|found| **found == kind).count() as f64;
         if layers > 0.0 {
             let [forward, backward] = operators(host, network, costs, method, kind, work)?;
             let dense = |pass: Pass, factor: f64| factor * costs.dense(kind, pass).iter().sum::<f64>();
-            seconds += passes * crowd * (times(again(work, method, kind)?) * forward + backward);
-            let dense_forward = dense(Pass::Forward, dense_forward);
-            let forwards = times(work.config.train.activation_checkpointing);
-            local += passes * layers * (forwards * dense_forward + dense(Pass::Backward, dense_backward));
+            seconds += passes * crowd * (forwards(work, method, kind)? as f64 * forward + backward);
+            local +=
+                passes * layers * (again * dense(Pass::Forward, dense_forward) + dense(Pass::Backward, dense_backward));
         }
     }
     Ok(seconds + sharing * local)
@@ -350,7 +349,7 @@ fn run<'a>(
         for layer in layers.iter().copied().enumerate().rev() {
             let kind = layer.1;
             step.gather_weights(kind);
-            if again(work, method, kind)? {
+            if forwards(work, method, kind)? > 1 {
                 step.layer(layer, Pass::Forward)?;
             } else if work.config.train.activation_checkpointing {
                 step.timeline.work(costs.dense(kind, Pass::Forward).iter().sum());

@@ -121,7 +121,7 @@ impl Options {
 /// Collective over `world`, which should be the group of all ranks: ranks are counted in it in messages.
 ///
 /// An error where ranks have different versions, or share a GPU and the version does not allow that.
-pub fn open(world: &Group, gpu: usize, library: &'static Library, options: Options) -> Result<Group> {
+pub fn open(world: &Group, gpu: usize, library: &'static Library, mut options: Options) -> Result<Group> {
     let context = Context::new(gpu)?;
     let host = world.plain();
     let halves = |uuid: [u8; 16]| {
@@ -145,7 +145,6 @@ pub fn open(world: &Group, gpu: usize, library: &'static Library, options: Optio
     if sharing.len() > 1 && library.version() < SHARES_GPUS {
         return Err(Error::SharedGpu { ranks: sharing, found: library.version() });
     }
-    let mut options = options;
     if options.peer_copies == PeerCopies::Measured && (0..all.len()).any(|a| (0..a).any(|b| all[a][..2] == all[b][..2]))
     {
         // Ranks that take turns on a GPU would measure how long the turns are.

@@ -220,11 +220,6 @@ fn kept_mlp(s: &Sizes) -> i64 {
     s.b * s.t * ((s.d + 2 * s.mlp) * s.width + s.wide)
 }
 
-/// What it keeps in a checkpointed layer: its input.
-fn kept_mlp_in_parts(s: &Sizes) -> i64 {
-    s.b * s.t * s.d * s.width
-}
-
 fn activations(config: &Config, s: &Sizes) -> Activations {
     let tokens = s.b * s.t;
     // An RMS norm of n numbers keeps them, widened, and normalised; and gives n numbers, kept as an input.
@@ -256,12 +251,10 @@ fn activations(config: &Config, s: &Sizes) -> Activations {
         // The input of the last norm, and its output.
         last = normed + tokens * s.d * s.width;
     }
-    // Of the layer that backward is in.
-    // o and the log-sum-exp of the layer that backward is in are among those kept.
+    // Of the layer that backward is in; its o and log-sum-exp are among those kept.
     let (x, layer) = (tokens * s.d * s.width, largest(s, linear, softmax - kept_attended(config, s)));
-    // The last norm and the loss are done when backward gets to a layer, whose x is one of those kept.
-    let again =
-        if in_parts(config) { (layer - kept_mlp(s) + kept_mlp_in_parts(s) - x).max(last) } else { layer + last };
+    // The last norm and the loss are done when backward gets to a layer. Its x is one of those kept, of its MLP it has the input.
+    let again = if in_parts(config) { (layer - kept_mlp(s)).max(last) } else { layer + last };
     Activations {
         linear_layer: linear,
         softmax_layer: softmax,
@@ -307,14 +300,15 @@ fn operator(config: &Config, s: &Sizes) -> i64 {
     }
     // Beside a mixer the gradients of the half's output and of o; its layer's MLP is done. At work in the MLP: the gradients
     // of output and hidden values, the norm's output and its gradient; in parts those of output and input, and of a part gate, up,
-    // hidden values, the norm's output and its gradient.
+    // hidden values, the norm's output and its gradient; then of the MLP its input is kept.
+    let x = tokens * s.d * s.width;
     let (kept, mlp) = if config.train.activation_checkpointing && in_parts(config) {
         let part = tokens.min(HIDDEN_AT_ONCE / s.mlp.max(1) + 63);
-        (kept_mlp_in_parts(s), (2 * tokens * s.d + part * (2 * s.d + 3 * s.mlp)) * s.width)
+        (x, 2 * x + part * (2 * s.d + 3 * s.mlp) * s.width)
     } else {
-        (kept_mlp(s), tokens * (3 * s.d + s.mlp) * s.width)
+        (kept_mlp(s), 3 * x + tokens * s.mlp * s.width)
     };
-    mlp.max(largest(s, linear, softmax) + 2 * tokens * s.d * s.width - kept)
+    mlp.max(largest(s, linear, softmax) + 2 * x - kept)
 }
 
 /// What a method holds in backward beside the operator's own tensors.

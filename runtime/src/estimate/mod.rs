@@ -6,9 +6,9 @@
 //! formulas of `memory` count, which leaves out libraries and what an allocator leaves unused: peaks measured on the CPU,
 //! with malloc kept from hoarding, grew with the tokens as estimated within 6 %, checkpointed within 16 %; on an H200 the
 //! peaks of a pure linear model of 1.3 B parameters were as estimated within 0.5 % where kernels computed linear attention, within
-//! 2 % where tensor operations did (a test has the figures), and within 4 % with its layers checkpointed. Documents, if sequences have them, lower the work of
-//! softmax layers, which is counted as if each sequence were one; of the states that a GPU's kernels save for them, the most
-//! that they can be is counted.
+//! 2 % where tensor operations did (a test has the figures), and within 4 % with its layers checkpointed. Documents, if sequences
+//! have them, lower the work of softmax layers, which is counted as if each sequence were one; of the states that a GPU's kernels
+//! save for them, the most that they can be is counted.
 
 mod flops;
 mod memory;

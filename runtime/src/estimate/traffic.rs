@@ -71,8 +71,8 @@ pub(super) fn count(config: &Config, s: &Sizes, plan: &Plan) -> sequence::Result
         if places == 0 {
             continue;
         }
-        let once = kind == LayerKind::Softmax && memory::attends_once(config);
-        let forwards = s.passes * if config.train.activation_checkpointing && !once { 2 } else { 1 };
+        let once = memory::attends_once(config);
+        let forwards = s.passes * sequence::forwards(kind, once, config.train.activation_checkpointing) as i64;
         for (traffic, places) in of_layers(config, s, plan, kind, places)? {
             let mut add = |what, times, moved: &Messages| {
                 messages.extend(moved.iter().map(|((group, op), count)| {

@@ -94,21 +94,24 @@ impl Block {
 
     /// [`Block::forward`] that keeps x, and of softmax layers [`Attended`], and computes the rest again in backward.
     pub fn checkpointed(&self, context: &Context, x: &Tensor) -> Result<Tensor> {
-        let first = |x: &Tensor| -> Result<(Tensor, Option<Attended>)> {
-            let (x, attended) = self.mix(context, x, None)?;
-            let fused = self.fused(context);
-            let y = if fused { fused::mlp_in_parts(&self.mlp, context, &x) } else { self.mlp.forward(&x) }?;
-            Ok((y, attended))
-        };
         let (block, at) = (self.shallow_clone(), context.shallow_clone());
-        let again = move |x: &Tensor, attended: Option<Attended>, dy: Tensor| -> Result<(Tensor, Tensor)> {
-            let (x, _) = block.mix(&at, x, attended)?;
-            if block.fused(&at) { fused::mlp_again(&block.mlp, &at, &x, dy) } else { Ok((block.mlp.forward(&x)?, dy)) }
-        };
-        let unsupported = |error: Error| kernels::Error::Unsupported(error.to_string());
-        let first = |x: &Tensor| first(x).map_err(unsupported);
-        let again = move |x: &Tensor, attended, dy| again(x, attended, dy).map_err(unsupported);
+        let first = |x: &Tensor| self.first(context, x).map_err(Error::into_kernels);
+        let again = move |x: &Tensor, kept, dy| block.again(&at, x, kept, dy).map_err(Error::into_kernels);
         Ok(kernels::bridge::checkpoint(x, first, again)?)
+    }
+
+    /// The output, and what to keep.
+    fn first(&self, context: &Context, x: &Tensor) -> Result<(Tensor, Option<Attended>)> {
+        let (x, kept) = self.mix(context, x, None)?;
+        let fused = self.fused(context);
+        let y = if fused { fused::mlp_in_parts(&self.mlp, context, &x) } else { self.mlp.forward(&x) }?;
+        Ok((y, kept))
+    }
+
+    /// A tensor of the graph and its gradient, from which backward comes to what it would from the output and dy.
+    fn again(&self, context: &Context, x: &Tensor, kept: Option<Attended>, dy: Tensor) -> Result<(Tensor, Tensor)> {
+        let (x, _) = self.mix(context, x, kept)?;
+        if self.fused(context) { fused::mlp_again(&self.mlp, context, &x, dy) } else { Ok((self.mlp.forward(&x)?, dy)) }
     }
 
     /// Whether halves of this block are the nodes of `fused`.
@@ -136,21 +139,16 @@ impl Block {
 
     /// The first half: x and what the mixer makes of it; and what of softmax attention need not be computed again, or was `before`.
     fn mix(&self, context: &Context, x: &Tensor, before: Option<Attended>) -> Result<(Tensor, Option<Attended>)> {
-        match &self.mixer {
-            Mixer::Linear(layer) if self.fused(context) => {
-                return Ok((fused::linear(layer, &self.attn_norm, context, x)?, None));
+        let normed = || rms_norm(x, &self.attn_norm, self.eps);
+        Ok(match (&self.mixer, self.fused(context)) {
+            (Mixer::Linear(layer), true) => (fused::linear(layer, &self.attn_norm, context, x)?, None),
+            (Mixer::Softmax(layer), true) => fused::softmax(layer, (&self.attn_norm, self.eps), context, x, before)?,
+            (Mixer::Linear(layer), false) => (x.f_add(&layer.forward(context, &normed()?)?)?, None),
+            (Mixer::Softmax(layer), false) => {
+                let (mixed, attended) = layer.forward(context, &normed()?, before)?;
+                (x.f_add(&mixed)?, attended)
             }
-            Mixer::Softmax(layer) if self.fused(context) => {
-                return fused::softmax(layer, (&self.attn_norm, self.eps), context, x, before);
-            }
-            _ => {}
-        }
-        let normed = rms_norm(x, &self.attn_norm, self.eps)?;
-        let (mixed, attended) = match &self.mixer {
-            Mixer::Linear(layer) => (layer.forward(context, &normed)?, None),
-            Mixer::Softmax(layer) => layer.forward(context, &normed, before)?,
-        };
-        Ok((x.f_add(&mixed)?, attended))
+        })
     }
 
     pub(super) fn decode(&self, x: &Tensor, cache: &mut Cache) -> Result<Tensor> {

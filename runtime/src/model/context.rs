@@ -7,8 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::{Result, Unwritten};
 use crate::sequence::Shard;
 
-/// As [`Context::hidden_at_once`]: 2 GiB in bf16. Products of so many rows are no slower than of all, and the few sums over parts,
-/// which round a gradient in bf16 once each, no less exact.
+/// As [`Context::hidden_at_once`]: 2 GiB in bf16. Large, as a gradient in bf16 is rounded once for each part.
 pub(crate) const HIDDEN_AT_ONCE: i64 = 1 << 30;
 
 pub struct Context {

@@ -13,7 +13,7 @@ use tch::Tensor;
 use super::block::Mlp;
 use super::linear_layer::LinearLayer;
 use super::softmax_layer::SoftmaxLayer;
-use super::{Context, Result};
+use super::{Context, Error, Result};
 use crate::config::LayerKind;
 use crate::sequence::attention::{self, Attended};
 use crate::sequence::{Place, linear};
@@ -197,7 +197,7 @@ pub(super) fn mlp_in_parts(layer: &Mlp, context: &Context, x: &Tensor) -> Result
     let _guard = tch::no_grad_guard();
     let rows = rows(x)?;
     let of = |from, count| Gated::new(layer, &rows.f_narrow(0, from, count)?)?.output(layer);
-    Ok(by_parts(layer, context, &rows, of)?.f_view(x.size().as_slice())?)
+    Ok(by_parts(&rows, rows_at_once(layer, context), of)?.f_view(x.size().as_slice())?)
 }
 
 /// The node of [`mlp_in_parts`], of which x and the gradient of the output are known: computes a part's gate and up when it gets
@@ -209,11 +209,11 @@ pub(super) fn mlp_again(layer: &Mlp, context: &Context, x: &Tensor, dy: Tensor) 
         let _guard = tch::no_grad_guard();
         (zero()?, zero()?, rows(&x.f_detach()?)?)
     };
-    let at = context.shallow_clone();
+    let most = rows_at_once(layer, context);
     attach_mlp(layer, context, x, &y, move |layer, _, unwritten| {
         let (size, dy) = (dy.size(), rows(&dy)?);
         let mut weights: [Option<Tensor>; 4] = Default::default();
-        let dx = by_parts(layer, &at, &x_rows, |from, count| {
+        let dx = by_parts(&x_rows, most, |from, count| {
             let gated = Gated::new(layer, &x_rows.f_narrow(0, from, count)?)?;
             let [dx, of_weights @ ..] = gated.backward(layer, &dy.f_narrow(0, from, count)?, unwritten)?;
             for (sum, part) in weights.iter_mut().zip(of_weights) {
@@ -241,14 +241,13 @@ fn parts(rows: i64, most: i64) -> Vec<(i64, i64)> {
     (0..rows).step_by(each as usize).map(|from| (from, each.min(rows - from))).collect()
 }
 
+fn rows_at_once(layer: &Mlp, context: &Context) -> i64 {
+    context.hidden_at_once / layer.w_gate.size()[0]
+}
+
 /// What `of` makes of each part `(from, count)` of the rows of x, as one tensor of the shape of x.
-fn by_parts(
-    layer: &Mlp,
-    context: &Context,
-    x: &Tensor,
-    mut of: impl FnMut(i64, i64) -> kernels::Result<Tensor>,
-) -> kernels::Result<Tensor> {
-    let parts = parts(x.size()[0], context.hidden_at_once / layer.w_gate.size()[0]);
+fn by_parts(x: &Tensor, most: i64, mut of: impl FnMut(i64, i64) -> kernels::Result<Tensor>) -> kernels::Result<Tensor> {
+    let parts = parts(x.size()[0], most);
     if let [(from, count)] = parts[..] {
         return of(from, count);
     }
@@ -338,7 +337,7 @@ fn rows_of(x: Tensor, d: i64) -> kernels::Result<Tensor> {
 /// the decay's parameters are added to their leaves.
 fn decay_backward(layer: &LinearLayer, n: &Tensor, d_decay: &Tensor) -> kernels::Result<Tensor> {
     let n = n.f_detach()?.f_set_requires_grad(true)?;
-    let log_decay = tch::with_grad(|| layer.log_decay(&n)).map_err(|e| kernels::Error::Unsupported(e.to_string()))?;
+    let log_decay = tch::with_grad(|| layer.log_decay(&n)).map_err(Error::into_kernels)?;
     if let Some(log_decay) = log_decay {
         kernels::bridge::backward(&log_decay, &d_decay.f_to_kind(log_decay.kind())?)?;
     }

@@ -48,6 +48,16 @@ pub enum Error {
     Tch(#[from] tch::TchError),
 }
 
+impl Error {
+    /// As [`sequence::Error::into_kernels`].
+    fn into_kernels(self) -> kernels::Error {
+        match self {
+            Self::Kernels(error) => error,
+            other => kernels::Error::Unsupported(other.to_string()),
+        }
+    }
+}
+
 /// The whole model, its parameters in one flat buffer that the optimizer owns together with it.
 pub struct Model {
     pub config: ModelConfig,

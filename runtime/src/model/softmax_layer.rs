@@ -7,7 +7,7 @@ use super::context::angles;
 use super::{Context, Init, Params, Result, Spec, rotary};
 use crate::config::ModelConfig;
 use crate::sequence;
-use crate::sequence::attention::{self, Attended};
+use crate::sequence::attention::Attended;
 
 pub(super) fn specs(config: &ModelConfig, prefix: &str, residual: Init) -> Vec<Spec> {
     let (d, kv) = (config.dim, config.kv_heads * config.head_dim());
@@ -62,8 +62,7 @@ impl SoftmaxLayer {
         before: Option<Attended>,
     ) -> Result<(Tensor, Option<Attended>)> {
         let (q, k, v) = self.project(x, &context.cos, &context.sin)?;
-        let given = attention::Inputs::new(&q, &k, &v, self.scale(), true)?;
-        let (o, attended) = sequence::softmax_attention_after(&context.shard, &given, [&q, &k, &v], before)?;
+        let (o, attended) = sequence::softmax_attention(&context.shard, &q, &k, &v, self.scale(), before)?;
         Ok((self.output(x, &o)?, attended))
     }
 

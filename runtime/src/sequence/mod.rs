@@ -100,6 +100,13 @@ impl Shard {
     }
 }
 
+/// How often the mixer of a layer runs forward for a sequence: twice where activations are checkpointed, but softmax attention that
+/// attends once ([`Attention::attends_once`]).
+pub fn forwards(kind: LayerKind, attends_once: bool, checkpointing: bool) -> u64 {
+    let once = kind == LayerKind::Softmax && attends_once;
+    if checkpointing && !once { 2 } else { 1 }
+}
+
 /// The backward of a linear layer: this rank's gradients, given do.
 type LinearBackward = Box<dyn FnOnce(&Shard, &Tensor) -> Result<Grads> + Send>;
 
@@ -146,24 +153,21 @@ pub fn linear_attention(
 
 /// Causal softmax attention as one node of the autograd graph.
 ///
-/// q `[B, T, H, K]`, k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`: this rank's tokens in local order. Returns o `[B, T, H, V]`.
-pub fn softmax_attention(shard: &Arc<Shard>, q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
-    Ok(softmax_attention_after(shard, &attention::Inputs::new(q, k, v, scale, true)?, [q, k, v], None)?.0)
-}
-
-/// [`softmax_attention`] of the nodes `of` of the graph, whose numbers are x; and what it need not compute again. `before`: that, from
-/// an earlier time.
-pub(crate) fn softmax_attention_after(
+/// q `[B, T, H, K]`, k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`: this rank's tokens in local order. Returns o `[B, T, H, V]`, and what need
+/// not be computed of these tokens again: `before`, if it was there.
+pub fn softmax_attention(
     shard: &Arc<Shard>,
-    x: &attention::Inputs,
-    of: [&Tensor; 3],
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
     before: Option<Attended>,
 ) -> Result<(Tensor, Option<Attended>)> {
     let _place = shard.at(Place::Forward(LayerKind::Softmax));
-    let forward = attention::forward(shard, x, before)?;
+    let forward = attention::forward(shard, &attention::Inputs::new(q, k, v, scale, true)?, before)?;
     let attended = Attended::of(shard.attention.as_ref(), &forward.saved);
     let (node, saved) = (shard.clone(), forward.saved);
-    kernels::bridge::attach(&of, &[&forward.o], move |mut grads: Vec<Option<Tensor>>| {
+    kernels::bridge::attach(&[q, k, v], &[&forward.o], move |mut grads: Vec<Option<Tensor>>| {
         let Some(d_o) = grads.swap_remove(0) else { return Ok(vec![None, None, None]) };
         let _place = node.at(Place::Backward(LayerKind::Softmax));
         let grads = node.attention.backward(&node, saved, &d_o).map_err(Error::into_kernels)?;

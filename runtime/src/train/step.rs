@@ -128,7 +128,6 @@ impl Trainer {
         let waited = exposed();
         let expected = (train.batch * train.seq_len) as f64;
 
-        // Gradients of the sum of all losses, over the number of labels that a step normally has.
         let mut loss_sum = Tensor::f_zeros([], (Kind::Double, self.device))?;
         let mut labels = 0.0;
         let mut ready = self.next.take().filter(|(of, _)| *of == step).map(|(_, batch)| batch);
@@ -143,6 +142,7 @@ impl Trainer {
             let done = summing.as_ref().filter(|_| at + 1 == passes).map(Summing::follows);
             let loss = self.loss(&batch, train.activation_checkpointing, done.as_ref())?;
             let counted = batch.counted;
+            // Gradients of the sum of all losses, over the number of labels that a step normally has.
             let seed = loss.f_ones_like()?.f_mul_scalar(1.0 / expected)?;
             kernels::bridge::backward(&loss, &seed)?;
             let left = batch.context.unwritten.zero_rest()?;
