@@ -47,6 +47,39 @@ DEVICE void fence_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same for ordinary accesses to global memory, on both sides of a flag.
+DEVICE void fence_async_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// ---- between blocks ----
+
+// How many have called it before, on the whole device.
+DEVICE u64 next_number(u64* counter) {
+    u64 before;
+    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(counter) : "memory");
+    return before;
+}
+
+// Who finds `value` there by `wait_for` also finds what this thread, and those that it has synced with, have written.
+DEVICE void tell(u32* flag, u32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+DEVICE void wait_for(const u32* flag, u32 value) {
+    u32 found;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+    } while (found != value);
+}
+
+// Not from a cache that other multiprocessors do not write to.
+DEVICE float load_fresh(const float* from) {
+    float x;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+    return x;
+}
+
 DEVICE void tma_load(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"

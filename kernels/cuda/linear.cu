@@ -7,6 +7,7 @@
 //   K_BLOCKS, V_BLOCKS  the head's key and value size in blocks of 64, 1 or 2
 //   INTRA    0: only what the entering state adds to the outputs (forward only), for a state that comes late
 //   DOTS     1: also writes what `decay_gradient` makes the decay's gradient of
+//   LOOK_BACK  1: `run` sums its segments up itself, and takes the states that enter them from the blocks before it
 //   STAGES, SUM_STAGES  tiles in flight in `run` and in `summarize`
 //
 //            x    y    z    state            out
@@ -17,7 +18,10 @@
 //
 // where R is the gradient of the state. The sequences are cut into segments, about one for every multiprocessor, by the
 // plan that the host makes. `summarize` adds up a segment's y^T z; `combine` turns these sums into the state that
-// enters every segment; `run` goes through each segment with that state. No other state is ever written to memory.
+// enters every segment; `run` goes through each segment with that state. No other state is ever written to memory. Where
+// nobody else wants the sums and chains are short, `run` does it all in one launch: a block adds up its segments, shows the
+// sums to the blocks after it, adds up those of the blocks before it (decoupled look-back, Merrill and Garland 2016, without
+// its prefixes) and goes through its segments, whose first tiles it then still has.
 //
 // Inside a block of threads: one warpgroup loads tiles (TMA) and decays, one keeps the state in registers and hands a
 // bf16 copy of it to the two others for every 64 tokens, and these compute outputs.
@@ -28,6 +32,7 @@
 #define DUAL 0
 #define INTRA 1
 #define DOTS 0
+#define LOOK_BACK 0
 #define K_BLOCKS 2
 #define V_BLOCKS 2
 #define STAGES 3
@@ -88,17 +93,27 @@ struct RunParams {
     float* pairs;
     const Segment* segments;
     const int* first;
-    const float* entries;  // [slots, K, V]
+    float* entries;  // [slots, K, V]; what LOOK_BACK is to write
     int entry_row, entry_column;
+    // (LOOK_BACK) Of the segments that another follows in this direction the sums, each as the threads of a warpgroup have it,
+    // and decays, base 2 [slots]; flags [slots] that tell of them; how many blocks have begun, of this launch and all earlier
+    // ones with the same flags, which begin as zeros.
+    const Chain* chains;
+    float* sums;
+    float* decays;
+    u32* flags;
+    u64* begun;
     Decays decay;
     float scale;        // of the outputs
     float entry_scale;  // of the entry states
+    float sum_scale;    // (LOOK_BACK) of the sums
     int tokens;         // T
     int rows, columns;  // of the state as this pass sees it
     int out_columns, out2_columns;
     int heads;
     int accumulate;  // bit 0: adds to out; bit 1: adds to out2
     int entered;     // the flags of the segments that a state enters
+    int left;        // (LOOK_BACK) and of those that a state leaves
 };
 
 struct CombineParams {
@@ -121,6 +136,22 @@ struct Walk {
     DEVICE void next() {
         if (++stage == Stages) {
             stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// The same ring the other way round, so that the tiles visited last lie where `Walk` begins.
+struct WalkBack {
+    int stage;
+    int left = 0;
+    u32 phase = 0;
+
+    template <int Stages>
+    DEVICE void next() {
+        stage = stage == 0 ? Stages - 1 : stage - 1;
+        if (++left == Stages) {
+            left = 0;
             phase ^= 1;
         }
     }
@@ -162,38 +193,33 @@ struct ChunkDecay {
     }
 };
 
-// The warp that makes cumulative sums of per-token decays, one tile ahead with its loads.
-template <int Stages>
-DEVICE void load_decays(const Decays& d, const Segment* segments, int from, int to, float* sums, u32 full, u32 empty,
-                        int lane, int which) {
-    Walk w;
-    for (int s = from; s < to; ++s) {
-        const Segment seg = segments[s];
-        if (which && !(seg.flags & which)) continue;
-        const int n = chunks_of(seg);
-        const float* base = d.log + seg.batch * d.batch + seg.head * d.head;
-        float next[2];
-        auto fetch = [&](int i) {
-            const int t = seg.start + (which ? n - 1 - i : chunk_at(i, n)) * CHUNK + 2 * lane;
+// For the warp that makes cumulative sums of per-token decays: those of a segment's chunks from the `first`-th visited on, one
+// tile ahead with its loads. `place(i)`: the position in time of the i-th; `room()`: where its sums go, once that is free;
+// `done()`: they are there.
+template <typename Place, typename Room, typename Done>
+DEVICE void load_decays(const Decays& d, const Segment& seg, int first, int lane, Place place, Room room, Done done) {
+    const int n = chunks_of(seg);
+    const float* base = d.log + seg.batch * d.batch + seg.head * d.head;
+    float next[2];
+    auto fetch = [&](int i) {
+        const int t = seg.start + place(i) * CHUNK + 2 * lane;
 #pragma unroll
-            for (int e = 0; e < 2; ++e) next[e] = i < n && t + e < seg.end ? base[(t + e) * d.token] * LOG2E : 0.f;
-        };
-        fetch(0);
-        for (int i = 0; i < n; ++i) {
-            const float low = next[0], pair = next[0] + next[1];
-            fetch(i + 1);
-            float sum = pair;
+        for (int e = 0; e < 2; ++e) next[e] = i < n && t + e < seg.end ? base[(t + e) * d.token] * LOG2E : 0.f;
+    };
+    fetch(first);
+    for (int i = first; i < n; ++i) {
+        const float low = next[0], pair = next[0] + next[1];
+        fetch(i + 1);
+        float sum = pair;
 #pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const float other = __shfl_up_sync(~0u, sum, step);
-                if (lane >= step) sum += other;
-            }
-            barrier_wait(empty + 8 * w.stage, w.phase ^ 1);
-            sums[w.stage * CHUNK + 2 * lane] = sum - pair + low;
-            sums[w.stage * CHUNK + 2 * lane + 1] = sum;
-            warp_arrives(full + 8 * w.stage, lane);
-            w.next<Stages>();
+        for (int step = 1; step < 32; step *= 2) {
+            const float other = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += other;
         }
+        float* to = room();
+        to[2 * lane] = sum - pair + low;
+        to[2 * lane + 1] = sum;
+        done();
     }
 }
 
@@ -265,6 +291,38 @@ struct State {
         for (int b = 0; b < RowBlocks; ++b) pin(m[b]);
     }
 
+    // The first `rows` and `columns`, row by row.
+    DEVICE void write(float* to, int rows, int columns, int warp, int lane) {
+        each_pair(warp, lane, [&](int row, int column, float& a, float& b) {
+            if (row < rows && column < columns)
+                *reinterpret_cast<float2*>(to + row * columns + column) = make_float2(a, b);
+        });
+    }
+
+    // Of 64 rows by 128 threads, as they have them: each four numbers at a time.
+    static constexpr int PIECE = 128 * N * 4;  // bytes
+
+    DEVICE void write_pieces(float* to, int thread) {
+#pragma unroll
+        for (int b = 0; b < RowBlocks; ++b)
+#pragma unroll
+            for (int i = 0; i < N; i += 4)
+                reinterpret_cast<float4*>(to)[(b * N + i) * 32 + thread] =
+                    make_float4(m[b][i], m[b][i + 1], m[b][i + 2], m[b][i + 3]);
+    }
+
+    // m = a m + the piece of 64 rows at `from`, in shared memory.
+    DEVICE void add_piece(int b, float a, u32 from, int thread) {
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            const uint4 x = load_shared_16(from + (i * 32 + thread) * 16);
+            m[b][i] = a * m[b][i] + __uint_as_float(x.x);
+            m[b][i + 1] = a * m[b][i + 1] + __uint_as_float(x.y);
+            m[b][i + 2] = a * m[b][i + 2] + __uint_as_float(x.z);
+            m[b][i + 3] = a * m[b][i + 3] + __uint_as_float(x.w);
+        }
+    }
+
     // A bf16 copy in the layout of a tile of 64 RowBlocks rows.
     DEVICE void publish(u32 to, int warp, int lane) {
         const int row = (lane & 7) + (lane & 8), piece = (lane & 16) / 16;
@@ -283,6 +341,10 @@ struct State {
 
 DEVICE void load_tile(const TensorMap* map, u32 to, int blocks, u32 bar, int token, const Segment& s) {
     for (int b = 0; b < blocks; ++b) tma_load(to + b * BLOCK, map, bar, 64 * b, token, s.head, s.batch);
+}
+
+DEVICE void load_tile(const TensorMap* map, u32 to, int blocks, u32 bar, int token, const Segment& s, u64 policy) {
+    for (int b = 0; b < blocks; ++b) tma_load(to + b * BLOCK, map, bar, 64 * b, token, s.head, s.batch, policy);
 }
 
 // ---- summarize -------------------------------------------------------------------------------------------------
@@ -314,19 +376,32 @@ extern "C" __global__ void __launch_bounds__(256, 1) summarize(const __grid_cons
                 if (!(seg.flags & p.which)) continue;
                 const int n = chunks_of(seg);
                 for (int i = 0; i < n; ++i) {
-                    const int token = seg.start + (n - 1 - i) * CHUNK;
+                    const int token = seg.start + chunk_at(n - 1 - i, n) * CHUNK;
                     const u32 tile = tiles + w.stage * SUM_STAGE, bar = full + 8 * w.stage;
                     barrier_wait(empty + 8 * w.stage, w.phase ^ 1);
                     barrier_expect(bar, SUM_STAGE);
-                    for (int b = 0; b < K_BLOCKS; ++b)
-                        tma_load(tile + b * BLOCK, &p.y, bar, 64 * b, token, seg.head, seg.batch, policy);
-                    for (int b = 0; b < V_BLOCKS; ++b)
-                        tma_load(tile + (K_BLOCKS + b) * BLOCK, &p.z, bar, 64 * b, token, seg.head, seg.batch, policy);
+                    load_tile(&p.y, tile, K_BLOCKS, bar, token, seg, policy);
+                    load_tile(&p.z, tile + K_BLOCKS * BLOCK, V_BLOCKS, bar, token, seg, policy);
                     w.next<SUM_STAGES>();
                 }
             }
         } else if (DECAY && warp == 1) {
-            load_decays<SUM_STAGES>(p.decay, p.segments, from, to, sums, full, empty, lane, p.which);
+            Walk w;
+            for (int s = from; s < to; ++s) {
+                const Segment seg = p.segments[s];
+                if (!(seg.flags & p.which)) continue;
+                const int n = chunks_of(seg);
+                const auto place = [&](int i) { return chunk_at(n - 1 - i, n); };
+                const auto room = [&] {
+                    barrier_wait(empty + 8 * w.stage, w.phase ^ 1);
+                    return sums + w.stage * CHUNK;
+                };
+                const auto done = [&] {
+                    warp_arrives(full + 8 * w.stage, lane);
+                    w.next<SUM_STAGES>();
+                };
+                load_decays(p.decay, seg, 0, lane, place, room, done);
+            }
         }
     } else {
         Walk w;
@@ -338,21 +413,18 @@ extern "C" __global__ void __launch_bounds__(256, 1) summarize(const __grid_cons
             const int n = chunks_of(seg);
             float total = 0.f;
             for (int i = 0; i < n; ++i) {
-                const int token = seg.start + (n - 1 - i) * CHUNK;
+                const int token = seg.start + chunk_at(n - 1 - i, n) * CHUNK;
                 const u32 tile = tiles + w.stage * SUM_STAGE;
                 barrier_wait(full + 8 * w.stage, w.phase);
                 const ChunkDecay decay{sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
-                // From the last tile to the first, as `run` then finds the first ones in the L2 cache.
-                state.update<!REVERSE>(tile, tile + K_BLOCKS * BLOCK, decay, REVERSE ? 0.f : total, warp, lane);
+                // From the last tile of `run` to its first, as it then finds the first ones in the L2 cache.
+                state.update<true>(tile, tile + K_BLOCKS * BLOCK, decay, total, warp, lane);
                 total += decay.total();
                 warp_arrives(empty + 8 * w.stage, lane);
                 w.next<SUM_STAGES>();
             }
-            float* out = p.sums + (long long)seg.slot * p.dk * p.dv;
-            state.each_pair(warp, lane, [&](int row, int column, float& a, float& b) {
-                if (row < p.dk && column < p.dv)
-                    *reinterpret_cast<float2*>(out + row * p.dv + column) = make_float2(a * p.scale, b * p.scale);
-            });
+            state.scale(p.scale);
+            state.write(p.sums + (long long)seg.slot * p.dk * p.dv, p.dk, p.dv, warp, lane);
             if (threadIdx.x == 128) p.decays[seg.slot] = total;
         }
     }
@@ -383,6 +455,7 @@ constexpr int OUTPUT_ARRIVALS = DUAL ? 2 : 1;
 
 struct Shared {
     u32 tiles, snapshots, full, empty, ready, taken, entered;
+    u32 sum_full, sum_empty;  // (LOOK_BACK)
 };
 
 // One chunk, for the warpgroups of the outputs.
@@ -564,11 +637,46 @@ DEVICE void outputs(const RunParams& p, const Work& work, u32 x, u32 y, u32 z, u
     }
 }
 
+typedef State<K_BLOCKS, 64 * V_BLOCKS> RunState;
+static_assert(K_BLOCKS * RunState::PIECE == 2 * SNAPSHOT, "a state in f32 has room in the two snapshots");
+
+// (LOOK_BACK) `state`, zero before, becomes the one that enters `seg`. The sums come by way of the snapshots, which nobody uses.
+// `parity`: of the barriers `entered`, one for each piece.
+DEVICE void take_over(const RunParams& p, const Shared& sh, RunState& state, const Segment& seg, u32 turn, u32& parity, int thread) {
+    const Chain chain = p.chains[seg.chain];
+    const int place = seg.slot - chain.first, before = REVERSE ? chain.count - 1 - place : place;
+    const auto slot = [&](int i) { return chain.first + (REVERSE ? chain.count - 1 - i : i); };
+    const auto load = [&](int i, int b) {
+        if (b == 0) {
+            wait_for(p.flags + slot(i), turn);
+            fence_async_global();
+        }
+        barrier_expect(sh.entered + 8 * b, RunState::PIECE);
+        bulk_load(sh.snapshots + b * RunState::PIECE, p.sums + ((long long)slot(i) * K_BLOCKS + b) * (RunState::PIECE / 4),
+                  sh.entered + 8 * b, RunState::PIECE);
+    };
+    if (thread == 0)
+        for (int b = 0; b < K_BLOCKS; ++b) load(0, b);
+    for (int i = 0; i < before; ++i) {
+        float a = 1.f;
+#pragma unroll
+        for (int b = 0; b < K_BLOCKS; ++b) {
+            barrier_wait(sh.entered + 8 * b, parity);
+            if (DECAY && b == 0) a = exp2f(load_fresh(p.decays + slot(i)));
+            state.add_piece(b, a, sh.snapshots + b * RunState::PIECE, thread);
+            warpgroup_sync(1);
+            if (thread == 0 && i + 1 < before) load(i + 1, b);
+        }
+        parity ^= 1;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__ RunParams p) {
     extern __shared__ char raw[];
     __shared__ float sums[STAGES * CHUNK];
     __shared__ float pair_sums[DOTS && DUAL ? 5 * CHUNK : 1];
-    __shared__ u64 bars[2 * STAGES + 5];
+    __shared__ u64 bars[4 * STAGES + 6];
+    __shared__ u32 place[2];  // (LOOK_BACK) which block of its launch has begun, and which launch, from 1
     Shared sh;
     sh.tiles = (shared_address(raw) + 1023) & ~1023u;
     sh.snapshots = sh.tiles + STAGES * STAGE;
@@ -577,24 +685,60 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
     sh.ready = sh.empty + 8 * STAGES;
     sh.taken = sh.ready + 16;
     sh.entered = sh.taken + 16;
+    sh.sum_full = sh.entered + 16;
+    sh.sum_empty = sh.sum_full + 8 * STAGES;
     const int role = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
+        // Blocks wait for those that began before them, in whatever order the GPU starts them.
+        const u64 begun = LOOK_BACK ? next_number(p.begun) : 0;
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(sh.full + 8 * i, DECAY ? 1 + WARP_ARRIVALS : 1);
             barrier_init(sh.empty + 8 * i, 4 * WARP_ARRIVALS + OUTPUT_ARRIVALS);
+            barrier_init(sh.sum_full + 8 * i, DECAY ? 1 + WARP_ARRIVALS : 1);
+            barrier_init(sh.sum_empty + 8 * i, 4 * WARP_ARRIVALS);
         }
         for (int i = 0; i < 2; ++i) {
             barrier_init(sh.ready + 8 * i, 128);
             barrier_init(sh.taken + 8 * i, 4 * WARP_ARRIVALS * OUTPUT_ARRIVALS);
+            barrier_init(sh.entered + 8 * i, 1);
         }
-        barrier_init(sh.entered, 1);
         fence_barrier_init();
+        place[0] = (u32)(begun % gridDim.x);
+        place[1] = (u32)(begun / gridDim.x) + 1;
     }
     __syncthreads();
-    const int from = p.first[blockIdx.x], to = p.first[blockIdx.x + 1];
+    const int block = !LOOK_BACK ? blockIdx.x : REVERSE ? gridDim.x - 1 - place[0] : place[0];
+    const u32 turn = LOOK_BACK ? place[1] : 0;
+    const int from = p.first[block], to = p.first[block + 1];
+    // (LOOK_BACK) Whether the first tiles of a block's only segment are still there when it has been summed up, and the stage of
+    // the ring where its sum begins, so that they lie where they belong.
+    const bool kept = LOOK_BACK && to - from == 1 && p.segments[from].flags & p.left;
+    const int sum_stage = kept ? (chunks_of(p.segments[from]) - 1) % STAGES : 0;
     if (role == 0) {
         registers_fewer<LOADER_REGISTERS>();
         if (warp == 0 && lane == 0) {
+            if (LOOK_BACK) {
+                WalkBack w{sum_stage};
+                const u64 policy = evict_last();
+                for (int s = from; s < to; ++s) {
+                    const Segment seg = p.segments[s];
+                    if (!(seg.flags & p.left)) continue;
+                    const int n = chunks_of(seg);
+                    for (int i = n - 1; i >= 0; --i) {
+                        const int token = seg.start + chunk_at(i, n) * CHUNK;
+                        const u32 tile = sh.tiles + w.stage * STAGE, bar = sh.sum_full + 8 * w.stage;
+                        barrier_wait(sh.sum_empty + 8 * w.stage, w.phase ^ 1);
+                        barrier_expect(bar, SUM_STAGE);
+                        load_tile(&p.y, tile + Y_AT, K_BLOCKS, bar, token, seg, policy);
+                        load_tile(&p.z, tile + Z_AT, V_BLOCKS, bar, token, seg, policy);
+                        w.next<STAGES>();
+                    }
+                }
+                for (int i = 0; i < STAGES && !kept; ++i) {
+                    barrier_wait(sh.sum_empty + 8 * w.stage, w.phase ^ 1);
+                    w.next<STAGES>();
+                }
+            }
             Walk w;
             for (int s = from; s < to; ++s) {
                 const Segment seg = p.segments[s];
@@ -603,8 +747,9 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
                     const int token = seg.start + chunk_at(i, n) * CHUNK;
                     const u32 tile = sh.tiles + w.stage * STAGE, bar = sh.full + 8 * w.stage;
                     barrier_wait(sh.empty + 8 * w.stage, w.phase ^ 1);
-                    barrier_expect(bar, LOADED);
-                    if (INTRA) {
+                    const bool there = kept && i < STAGES;
+                    barrier_expect(bar, there ? LOADED - SUM_STAGE : LOADED);
+                    if (INTRA && !there) {
                         load_tile(&p.y, tile + Y_AT, K_BLOCKS, bar, token, seg);
                         load_tile(&p.z, tile + Z_AT, V_BLOCKS, bar, token, seg);
                     }
@@ -614,22 +759,91 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
                 }
             }
         } else if (DECAY && warp == 1) {
-            load_decays<STAGES>(p.decay, p.segments, from, to, sums, sh.full, sh.empty, lane, 0);
+            if (LOOK_BACK) {
+                WalkBack w{sum_stage};
+                const auto room = [&] {
+                    barrier_wait(sh.sum_empty + 8 * w.stage, w.phase ^ 1);
+                    return sums + w.stage * CHUNK;
+                };
+                const auto done = [&] {
+                    warp_arrives(sh.sum_full + 8 * w.stage, lane);
+                    w.next<STAGES>();
+                };
+                for (int s = from; s < to; ++s) {
+                    const Segment seg = p.segments[s];
+                    if (!(seg.flags & p.left)) continue;
+                    const int n = chunks_of(seg);
+                    load_decays(p.decay, seg, 0, lane, [&](int i) { return chunk_at(n - 1 - i, n); }, room, done);
+                }
+                for (int i = 0; i < STAGES && !kept; ++i) {
+                    room();
+                    w.next<STAGES>();
+                }
+            }
+            Walk w;
+            const auto room = [&] {
+                barrier_wait(sh.empty + 8 * w.stage, w.phase ^ 1);
+                return sums + w.stage * CHUNK;
+            };
+            const auto done = [&] {
+                warp_arrives(sh.full + 8 * w.stage, lane);
+                w.next<STAGES>();
+            };
+            for (int s = from; s < to; ++s) {
+                const Segment seg = p.segments[s];
+                const int n = chunks_of(seg), there = kept ? min(STAGES, n) : 0;
+                for (int i = 0; i < there; ++i) done();
+                load_decays(p.decay, seg, there, lane, [&](int i) { return chunk_at(i, n); }, room, done);
+            }
         }
     } else if (role == 1) {
         registers_more<STATE_REGISTERS>();
+        const int thread = threadIdx.x - 128;
+        if (LOOK_BACK) {
+            WalkBack w{sum_stage};
+            for (int s = from; s < to; ++s) {
+                const Segment seg = p.segments[s];
+                if (!(seg.flags & p.left)) continue;
+                RunState sum;
+                sum.each_pair(warp, lane, [](int, int, float& a, float& b) { a = b = 0.f; });
+                const int n = chunks_of(seg);
+                float total = 0.f;
+                for (int i = n - 1; i >= 0; --i) {
+                    const int token = seg.start + chunk_at(i, n) * CHUNK;
+                    const u32 tile = sh.tiles + w.stage * STAGE;
+                    barrier_wait(sh.sum_full + 8 * w.stage, w.phase);
+                    const ChunkDecay decay{sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
+                    sum.update<true>(tile + Y_AT, tile + Z_AT, decay, total, warp, lane);
+                    total += decay.total();
+                    warp_arrives(sh.sum_empty + 8 * w.stage, lane);
+                    w.next<STAGES>();
+                }
+                sum.scale(p.sum_scale);
+                sum.write_pieces(p.sums + (long long)seg.slot * K_BLOCKS * (RunState::PIECE / 4), thread);
+                if (DECAY && thread == 0) p.decays[seg.slot] = total;
+                fence_async_global();
+                warpgroup_sync(1);
+                if (thread == 0) tell(p.flags + seg.slot, turn);
+            }
+        }
         Walk w;
         int count = 0;
         u32 entered = 0;
         for (int s = from; s < to; ++s) {
             const Segment seg = p.segments[s];
-            State<K_BLOCKS, 64 * V_BLOCKS> state;
+            RunState state;
             state.each_pair(warp, lane, [](int, int, float& a, float& b) { a = b = 0.f; });
             if (seg.flags & p.entered) {
                 // By way of the snapshots, once the outputs' warpgroups are done with them.
                 barrier_wait(sh.taken + 8 * (count & 1), (count / 2 & 1) ^ 1);
                 barrier_wait(sh.taken + 8 * (~count & 1), ((count + 1) / 2 & 1) ^ 1);
-                if (threadIdx.x == 128) {
+            }
+            if (LOOK_BACK) {
+                if (seg.flags & p.entered) take_over(p, sh, state, seg, turn, entered, thread);
+                if (seg.slot >= 0) state.write(p.entries + (long long)seg.slot * p.rows * p.columns, p.rows, p.columns, warp, lane);
+                state.scale(p.entry_scale);
+            } else if (seg.flags & p.entered) {
+                if (thread == 0) {
                     const u32 bytes = 4 * p.rows * p.columns;
                     barrier_expect(sh.entered, bytes);
                     bulk_load(sh.snapshots, p.entries + (long long)seg.slot * p.rows * p.columns, sh.entered, bytes);
@@ -680,6 +894,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
                 const int token = seg.start + chunk_at(i, n) * CHUNK;
                 const u32 tile = sh.tiles + stage * STAGE;
                 barrier_wait(sh.full + 8 * stage, phase);
+                if (kept && i < STAGES) barrier_wait(sh.sum_full + 8 * stage, (n - 1 - i) / STAGES & 1);
                 const Work work{
                     seg,
                     {sums + stage * CHUNK, min(CHUNK, seg.end - token)},

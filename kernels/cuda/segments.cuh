@@ -15,7 +15,7 @@ struct Segment {
     int slot;  // row of its sum and of its entry state, if a flag tells of one
     // Where the state at its end is: the row of an entry state, or -1 - the row of a final state.
     int after;
-    int unused;
+    int chain;  // its number, or -1
 };
 
 // `flags`: 1 another segment of the chain is before it, 2 another is after it, 4 it is the first and a state enters the chain,

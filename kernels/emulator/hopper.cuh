@@ -26,6 +26,24 @@ DEVICE void warpgroup_sync(int id) {
 
 DEVICE void fence_barrier_init() {}
 DEVICE void fence_async() {}
+DEVICE void fence_async_global() {}
+
+DEVICE u64 next_number(u64* counter) {
+    return (*counter)++;
+}
+
+DEVICE void tell(u32* flag, u32 value) {
+    *flag = value;
+}
+
+// Blocks run one after another.
+DEVICE void wait_for(const u32* flag, u32 value) {
+    if (*flag != value) emulator::fail("a block waits for one that has not begun");
+}
+
+DEVICE float load_fresh(const float* from) {
+    return *from;
+}
 
 void tma_load(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3);
 void tma_store(const TensorMap* map, u32 from, int c0, int c1, int c2, int c3, bool add);

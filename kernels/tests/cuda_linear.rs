@@ -5,12 +5,12 @@
 mod common;
 mod emulator;
 
-use common::{Case, SCALE, chained, milliseconds, naive, naive_is_the_recurrence, on, twice};
-use emulator::{few, slow};
+use common::{Case, SCALE, chained, milliseconds, naive, naive_is_the_recurrence, on, poison, twice};
+use emulator::{few, in_order, slow};
 use kernels::cuda;
 use kernels::cuda::linear::{Fused, LINEAR, Variant, supports};
 use kernels::linear::chunkwise::Chunkwise;
-use kernels::linear::{Inputs, StateMixer};
+use kernels::linear::{Inputs, Piece, StateMixer};
 use kernels::testing::{assert_close, randn, relative_rms, rms};
 use tch::{Device, Kind, Tensor};
 
@@ -28,6 +28,8 @@ fn nvrtc_compiles_every_variant() {
         Variant { decay: true, dots: true, ..of(64, 128) },
         Variant { decay: true, dots: true, ..backwards },
         Variant { decay: true, late: true, ..of(128, 64) },
+        Variant { looks_back: true, ..of(128, 128) },
+        Variant { decay: true, dots: true, looks_back: true, ..backwards },
     ] {
         let cubin = cuda::compile(&LINEAR, "sm_90a", &variant.defines()).unwrap();
         assert_eq!(&cubin[..4], b"\x7fELF", "{variant:?}");
@@ -107,6 +109,66 @@ fn as_good_as_naive_bf16_with_a_decay_per_head() {
 fn as_good_as_naive_bf16_with_a_decay_per_token() {
     as_good_as_naive_bf16("token");
     as_good_as_naive_bf16("token strong");
+}
+
+/// Passes that take states from the blocks before them against the same ones after `summarize` and `combine`: every bit, launch
+/// after launch.
+#[test]
+fn looking_back_changes_no_bit() {
+    let Some(device) = hopper() else { return };
+    let of = |b, t, h, dk, dv| Case { b, t, h, dk, dv };
+    let mut cases = vec![
+        // One segment a block; several, of two heads; two documents and then three, of which some are cut; one block for several.
+        (of(1, 1000, 2, 128, 128), vec![1000]),
+        (of(1, 700, 5, 128, 128), vec![700]),
+        (of(1, 900, 1, 64, 128), vec![300, 600]),
+        (of(2, 500, 2, 96, 64), vec![65, 400, 35]),
+        (of(1, 300, 5, 32, 128), vec![20, 30, 250]),
+        (of(1, 200, 1, 192, 256), vec![200]),
+    ];
+    if !few(device) {
+        cases.extend([16, 24, 9].map(|h| (of(1, 16000, h, 128, 128), vec![16000])));
+        cases.push((of(2, 9000, 8, 128, 64), vec![100, 8000, 900]));
+    }
+    for (case, documents) in cases {
+        for decay in ["none", "token"] {
+            let x = on(&common::inputs(Kind::BFloat16, decay, case), device);
+            let d_o = randn(5, &x.v.size()).to_kind(Kind::BFloat16).to_device(device);
+            let run = |asked: bool| {
+                let piece = |&tokens: &i64| Piece { tokens, enters: asked, leaves: asked };
+                let (pieces, nothing) = (
+                    documents.iter().map(piece).collect::<Vec<_>>(),
+                    documents.iter().map(|_| None).collect::<Vec<_>>(),
+                );
+                poison(device);
+                let mut segment = mixer().forward_pieces(&x, &pieces, &nothing).unwrap();
+                if asked {
+                    segment.summarize(0).unwrap();
+                }
+                segment.run().unwrap();
+                // States of chains that have some only because they were asked for are zero.
+                let saved = segment.take_saved().unwrap().unwrap();
+                let mut all: Vec<_> = saved.iter().map(|saved| saved.abs().sum(Kind::Double)).collect();
+                all.push(segment.finish().unwrap());
+                let mut segment = mixer().backward_pieces(&x, &pieces, &nothing, &d_o, Some(saved)).unwrap();
+                if asked {
+                    segment.summarize_grad(0).unwrap();
+                }
+                let grads = segment.finish().unwrap();
+                all.extend([grads.dq, grads.dk, grads.dv]);
+                all.extend(grads.dlog_decay);
+                all
+            };
+            let apart = run(true);
+            for again in 0..3 {
+                let together = if slow(device) { in_order(again, || run(false)) } else { run(false) };
+                assert_eq!(together.len(), apart.len());
+                for (i, (together, apart)) in together.iter().zip(&apart).enumerate() {
+                    assert!(together.equal(apart), "result {i}, {decay}, {case:?}, {documents:?}, launch {again}");
+                }
+            }
+        }
+    }
 }
 
 #[test]

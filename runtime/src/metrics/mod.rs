@@ -44,7 +44,8 @@ pub struct StepRecord {
     /// Tokens of this step over its time, over all ranks.
     #[serde(deserialize_with = "number")]
     pub tokens_per_s: f64,
-    /// Share of this step's time in which a rank waited for communication, in percent.
+    /// Share of the time in which a rank waited for communication, in percent: from the end of the step before's backward to that of
+    /// this one's, as a host sees them.
     #[serde(deserialize_with = "number")]
     pub exposed_comm_pct: f64,
     /// Time of this step in milliseconds, validation and checkpoints excluded.

@@ -171,7 +171,7 @@ impl Life {
                 lr: step.lr,
                 tokens: self.trainer.tokens(),
                 tokens_per_s: tokens_per_step / step_ms * 1e3,
-                exposed_comm_pct: 100.0 * step.exposed_ms / step_ms,
+                exposed_comm_pct: 100.0 * step.exposed,
                 step_ms,
                 val_loss: outcome.val_loss,
                 mfu: peak.map(|peak| flops * tokens_per_step / step_ms * 1e3 / peak),

@@ -2,7 +2,7 @@
 //! update.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use collectives::{Mesh, Reduce};
 use tch::{Device, Kind, Tensor};
@@ -34,10 +34,17 @@ pub struct Trainer {
     grad: Tensor,
     /// How they are summed over ranks.
     buckets: Vec<Bucket>,
-    /// For how long the last step waited for communication after it had said for how long, in nanoseconds.
-    untold: u64,
+    /// Of the last step, since it said how long it had waited for communication.
+    untold: Untold,
     /// The coming step and its first micro-batch, made ready while a GPU still computed the last step.
     next: Option<(u64, Batch)>,
+}
+
+/// How long this rank has waited for communication since it last told others, in how much time.
+#[derive(Default)]
+struct Untold {
+    waiting: Duration,
+    time: Duration,
 }
 
 /// Sequences of equal length that go through the model together: this rank's tokens and labels of them `[B, T]`, on its device.
@@ -57,9 +64,9 @@ pub struct StepOutcome {
     /// Before clipping.
     pub grad_norm: f64,
     pub lr: f64,
-    /// How long a rank waited for communication, mean over ranks, in milliseconds. Of what a step waits for at its end, on a GPU of
-    /// all that is then still to come, the next step tells.
-    pub exposed_ms: f64,
+    /// The share of the time in which a rank waited for communication, mean over ranks, from 0 to 1: of the time from where the step
+    /// before took this sum to where this one did, as soon as its backward was enqueued. Of the rest the next step tells.
+    pub exposed: f64,
     /// Rank 0 said before this step that the time is up.
     pub out_of_time: bool,
 }
@@ -97,7 +104,7 @@ impl Trainer {
             device,
             grad,
             buckets,
-            untold: 0,
+            untold: Untold::default(),
             next: None,
         })
     }
@@ -125,7 +132,7 @@ impl Trainer {
         let (step, train) = (self.steps_done + 1, self.config.train.clone());
         let world = self.mesh.world.clone();
         let exposed = || world.recorder().totals().exposed_ns;
-        let waited = exposed();
+        let (waited, began) = (exposed(), Instant::now());
         let expected = (train.batch * train.seq_len) as f64;
 
         let mut loss_sum = Tensor::f_zeros([], (Kind::Double, self.device))?;
@@ -156,14 +163,15 @@ impl Trainer {
             labels += counted;
         }
 
-        let (mut out_of_time, mut exposed_ms, told, mut met) = (out_of_time, 0.0, exposed(), 0);
+        let (mut out_of_time, mut share, told, mut met) = (out_of_time, 0.0, exposed(), Duration::ZERO);
+        let telling = Instant::now();
         if let Some(summing) = summing {
             // What hosts know meets on hosts, while GPUs are in backward; the loss meets on them.
-            let waited_ms = (told - waited + self.untold) as f64 / 1e6;
-            let meeting = Instant::now();
-            let all = sum(&world, &[labels, waited_ms, f64::from(u8::from(out_of_time))])?;
-            met = meeting.elapsed().as_nanos() as u64;
-            (labels, exposed_ms, out_of_time) = (all[0], all[1] / world.size() as f64, all[2] > 0.0);
+            let waiting = self.untold.waiting + Duration::from_nanos(told - waited);
+            let mine = waiting.as_secs_f64() / (self.untold.time + (telling - began)).as_secs_f64();
+            let all = sum(&world, &[labels, mine, f64::from(u8::from(out_of_time))])?;
+            met = telling.elapsed();
+            (labels, share, out_of_time) = (all[0], all[1] / world.size() as f64, all[2] > 0.0);
             summing.finish()?;
             world.all_reduce_in_place(&loss_sum, Reduce::Sum)?.wait()?;
         }
@@ -178,11 +186,12 @@ impl Trainer {
         let numbers = [loss_sum.f_to_device(norm.device())?, norm.f_to_kind(Kind::Double)?];
         let numbers = Vec::<f64>::try_from(Tensor::f_stack(&numbers, 0)?)?;
         // But for the time in which hosts met.
-        self.untold = (exposed() - told).saturating_sub(met);
+        let waiting = Duration::from_nanos(exposed() - told).saturating_sub(met);
+        self.untold = Untold { waiting, time: telling.elapsed() - met };
         let (loss, grad_norm) = (numbers[0] / labels, numbers[1]);
         finite(step, "training loss", loss)?;
         finite(step, "norm of the gradient", grad_norm)?;
-        Ok(StepOutcome { loss, grad_norm, lr, exposed_ms, out_of_time })
+        Ok(StepOutcome { loss, grad_norm, lr, exposed: share, out_of_time })
     }
 
     /// Zeroes the gradient, but for what the first backward of a step writes anyway: its `context` says which.

@@ -12,7 +12,7 @@ use super::{Kernel, gpu};
 use crate::Result;
 use crate::linear::{Decay, Inputs, Piece};
 pub use passes::{LINEAR, Variant};
-use passes::{Run, WIDEST};
+use passes::{LONGEST, Run, WIDEST};
 
 /// Whether the kernels take these inputs: bf16 on compute capability 9.0, sizes that are multiples of 8, no decay per channel.
 pub fn supports(x: &Inputs) -> bool {
@@ -56,6 +56,11 @@ impl Family for Hopper {
 
     fn combine(call: &Call<Self>, dk: i64, dv: i64) -> Result<(Kernel, Vec<i64>)> {
         Ok((call.combine_kernel(dk, dv)?, vec![dk * dv]))
+    }
+
+    /// A block adds up the sums of all before it in its chain, and waits for them.
+    fn looks_back(call: &Call<Self>) -> bool {
+        (2..=LONGEST).contains(&call.plan.longest)
     }
 
     fn output(call: &Call<Self>, x: &Pass, late: bool, o: Out) -> Result<()> {

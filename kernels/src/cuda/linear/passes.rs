@@ -23,6 +23,9 @@ pub const LINEAR: Program = Program {
 /// The largest key or value size of one launch: a head wider than that is several, whose outputs add up.
 pub const WIDEST: i64 = 128;
 
+/// Segments of a chain in which `run` looks back, at most.
+pub const LONGEST: i64 = 16;
+
 /// Bytes of a chunk of 64 channels.
 const BLOCK: i64 = 8192;
 const SUM_STAGES: i64 = 5;
@@ -37,6 +40,8 @@ pub struct Variant {
     /// Only what an entering state adds.
     pub late: bool,
     pub dots: bool,
+    /// Sums up its segments itself.
+    pub looks_back: bool,
     /// Sizes of y and of z.
     pub dk: i64,
     pub dv: i64,
@@ -60,6 +65,7 @@ impl Variant {
             format!("DUAL={}", i32::from(self.dual)),
             format!("INTRA={}", i32::from(!self.late)),
             format!("DOTS={}", i32::from(self.dots)),
+            format!("LOOK_BACK={}", i32::from(self.looks_back)),
             format!("K_BLOCKS={}", blocks(self.dk)),
             format!("V_BLOCKS={}", blocks(self.dv)),
             format!("STAGES={}", self.stages()),
@@ -165,9 +171,13 @@ impl Call<Hopper> {
     pub fn run(&self, reverse: bool, late: bool, run: &Run) -> Result<()> {
         let work = if late { &self.plan.entered } else { &self.plan.all };
         let (dk, dv) = (run.y.size()[3], run.z.size()[3]);
-        let dual = run.out2.is_some();
-        let variant = Variant { decay: self.decay(), reverse, dual, late, dots: run.dots.is_some(), dk, dv };
+        let (dual, looks_back) = (run.out2.is_some(), run.pass.looks_back);
+        let variant =
+            Variant { decay: self.decay(), reverse, dual, late, dots: run.dots.is_some(), looks_back, dk, dv };
         let kernel = variant.kernel(self.device, "run")?;
+        let room = |numbers: i64| looks_back.then(|| self.empty(&[self.plan.slots, numbers])).transpose();
+        let (sums, decays) = (room(64 * 64 * blocks(dk) * blocks(dv))?, room(1)?);
+        let signals = |start| looks_back.then(|| self.plan.signals.f_narrow(0, start, 1)).transpose();
         let (out, out2) = (&run.out, run.out2.as_ref().unwrap_or(&run.out));
         let (row, column) = if run.transposed { (1, dk) } else { (dv, 1) };
         let params = Params::default()
@@ -186,9 +196,15 @@ impl Call<Hopper> {
             .pointer(Some(run.pass.entries))
             .i32(row)
             .i32(column)
+            .pointer(looks_back.then_some(&self.plan.chains))
+            .pointer(sums.as_ref())
+            .pointer(decays.as_ref())
+            .pointer(signals(2)?.as_ref())
+            .pointer(signals(0)?.as_ref())
             .strided(self.log_decay.as_ref())
             .f32(run.pass.scale)
             .f32(run.entry_scale)
+            .f32(1.0 / run.entry_scale)
             .i32(self.t)
             .i32(dk)
             .i32(dv)
@@ -197,6 +213,7 @@ impl Call<Hopper> {
             .i32(self.h)
             .i32(i64::from(out.add) + 2 * i64::from(out2.add))
             .i32(i64::from(plan::entered(reverse, (true, run.pass.ends))))
+            .i32(i64::from(plan::entered(!reverse, (true, false))))
             .words();
         let launch = Launch { grid: [work.blocks, 1, 1], block: 512, shared: variant.shared().0 };
         // SAFETY: RunParams of linear.cu; tensors of this call's shape on its device.

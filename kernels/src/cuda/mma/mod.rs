@@ -77,6 +77,10 @@ impl Family for Mma {
         Ok((call.combine_kernel(dk, dv)?, vec![dk, dv]))
     }
 
+    fn looks_back(_: &Call<Self>) -> bool {
+        false
+    }
+
     fn output(call: &Call<Self>, x: &Pass, late: bool, o: Out) -> Result<()> {
         let run = Run { x, d_o: None, outer: false, out: o, entry_scale: 1.0, dots: None, decay_grad: None };
         call.run(false, late, &run)

@@ -4,7 +4,7 @@
 use tch::Tensor;
 
 use super::states::{Sums, add, checked, clones};
-use super::{Call, DecayGrad, Family, Out, Tokens, tiles};
+use super::{Call, DecayGrad, Enters, Family, Out, Tokens, tiles};
 use crate::Result;
 use crate::linear::{BackwardSegment, Grads, Inputs, Piece, Summary};
 
@@ -91,7 +91,7 @@ impl<F: Family> Backward<F> {
         let dq = self.call.like(&self.tokens.q)?;
         let (mut all_entries, mut all_dots) = (Vec::new(), Vec::new());
         let mut saved = self.saved.take().map(Vec::into_iter);
-        let ends = self.entries.iter().any(Option::is_some);
+        let enters = Enters::known(self.entries.iter().any(Option::is_some));
         for sums in &mut self.states {
             let part = sums.part;
             let dots = self.dlog_decay.as_ref().map(|all| F::dots(&self.call, part, all)).transpose()?;
@@ -102,7 +102,7 @@ impl<F: Family> Backward<F> {
                     sums.entries(&self.call, &self.entries, None)?
                 }
             };
-            let pass = self.tokens.pass(&self.call, part, &entries, ends)?;
+            let pass = self.tokens.pass(&self.call, part, &entries, enters)?;
             let out = Out { to: &part.keys(&dq)?, add: part.v.0 > 0 };
             F::queries(&self.call, &pass, &part.values(&self.d_o)?, out, dots.as_ref())?;
             all_entries.push(entries);
@@ -115,15 +115,19 @@ impl<F: Family> Backward<F> {
         self.exits.iter().any(Option::is_some)
     }
 
-    /// The gradients of the states at the segments' ends, with those that came in at the pieces' ends.
-    fn exits(&mut self) -> Result<Vec<Tensor>> {
-        if !self.has_exit()
-            && let Some((_, exits)) = self.summed.take()
-        {
-            return Ok(exits);
+    /// The gradients of the states at the segments' ends, with those that came in at the pieces' ends; or room for them.
+    fn exits(&mut self) -> Result<(Vec<Tensor>, Enters)> {
+        if self.has_exit() {
+            let exits = clones(&self.exits);
+            return Ok((self.gradients(&exits, None)?, Enters::FromOutside));
         }
-        let exits = clones(&self.exits);
-        self.gradients(&exits, None)
+        if let Some((_, exits)) = self.summed.take() {
+            return Ok((exits, Enters::Known));
+        }
+        if F::looks_back(&self.call) {
+            return Ok((self.grads.iter().map(|sums| sums.room(&self.call)).collect::<Result<_>>()?, Enters::Unknown));
+        }
+        Ok((self.gradients(&[], None)?, Enters::Known))
     }
 
     /// The states that leave pieces `[rows, K, V]`, for a part whose decay wants the gradients that came in there.
@@ -157,7 +161,8 @@ impl<F: Family> BackwardSegment for Backward<F> {
     fn finish(mut self: Box<Self>) -> Result<Grads> {
         let queries = self.queries()?;
         let (dk, dv) = (self.call.like(&self.tokens.k)?, self.call.like(&self.tokens.v)?);
-        for (i, exits) in self.exits()?.iter().enumerate() {
+        let (exits, enters) = self.exits()?;
+        for (i, exits) in exits.iter().enumerate() {
             let dots = queries.dots[i].as_ref();
             let finals = if dots.is_some() { self.end_states(i)? } else { None };
             let decay = self.dlog_decay.as_ref().zip(dots).map(|(to, dots)| DecayGrad {
@@ -167,7 +172,7 @@ impl<F: Family> BackwardSegment for Backward<F> {
                 out: Out { to, add: i > 0 },
             });
             let part = self.grads[i].part;
-            let pass = self.tokens.pass(&self.call, part, exits, self.has_exit())?;
+            let pass = self.tokens.pass(&self.call, part, exits, enters)?;
             let of_k = Out { to: &part.keys(&dk)?, add: part.v.0 > 0 };
             let of_v = Out { to: &part.values(&dv)?, add: part.k.0 > 0 };
             F::keys(&self.call, &pass, &part.values(&self.d_o)?, of_k, of_v, decay)?;

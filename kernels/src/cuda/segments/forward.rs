@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::states::{Sums, add, clones};
-use super::{Call, Family, Out, Part, Tokens};
+use super::{Call, Enters, Family, Out, Part, Tokens};
 use crate::Result;
 use crate::linear::{ForwardSegment, Inputs, Piece, Summary};
 
@@ -36,11 +36,11 @@ impl<F: Family> Forward<F> {
         })
     }
 
-    /// The states at the segments' starts and, into `finals` `[rows, K, V]`, those that leave pieces.
-    fn states(&mut self, finals: Option<&Tensor>) -> Result<Vec<Tensor>> {
+    /// The states at the segments' starts, with `entries` entering pieces, and into `finals` `[rows, K, V]` those that leave them.
+    fn states(&mut self, entries: &[Option<Tensor>], finals: Option<&Tensor>) -> Result<Vec<Tensor>> {
         let of = |sums: &mut Sums| {
             sums.ensure(&self.call, (&self.tokens.k, &self.tokens.v), 1.0, finals.is_some())?;
-            sums.entries(&self.call, &self.entries, finals)
+            sums.entries(&self.call, entries, finals)
         };
         self.sums.iter_mut().map(of).collect()
     }
@@ -50,14 +50,14 @@ impl<F: Family> Forward<F> {
             return Ok(end.shallow_clone());
         }
         let end = self.call.empty(&[self.call.rows(true), self.call.dk, self.call.dv])?;
-        self.states = Some(self.states(Some(&end))?);
+        let entries = clones(&self.entries);
+        self.states = Some(self.states(&entries, Some(&end))?);
         Ok(self.end.insert(end).shallow_clone())
     }
 
     /// One pass into `o`, from the states at the segments' starts. `late`: adds to it what those give.
-    fn pass(&self, part: Part, o: &Tensor, entries: &Tensor, late: bool) -> Result<()> {
-        let ends = late || self.entries.iter().any(Option::is_some);
-        let pass = self.tokens.pass(&self.call, part, entries, ends)?;
+    fn pass(&self, part: Part, o: &Tensor, entries: &Tensor, enters: Enters, late: bool) -> Result<()> {
+        let pass = self.tokens.pass(&self.call, part, entries, enters)?;
         F::output(&self.call, &pass, late, Out { to: &part.values(o)?, add: late || part.k.0 > 0 })
     }
 
@@ -65,13 +65,20 @@ impl<F: Family> Forward<F> {
         if let Some(o) = &self.o {
             return Ok(o.shallow_clone());
         }
-        let states = match self.states.take() {
-            Some(states) => states,
-            None => self.states(None)?,
+        let from_outside = self.entries.iter().any(Option::is_some);
+        let (states, enters) = match self.states.take() {
+            Some(states) => (states, Enters::known(from_outside)),
+            None if !from_outside && F::looks_back(&self.call) => {
+                (self.sums.iter().map(|sums| sums.room(&self.call)).collect::<Result<_>>()?, Enters::Unknown)
+            }
+            None => {
+                let entries = clones(&self.entries);
+                (self.states(&entries, None)?, Enters::known(from_outside))
+            }
         };
         let o = self.call.like(&self.tokens.v)?;
         for (sums, states) in self.sums.iter().zip(&states) {
-            self.pass(sums.part, &o, states, false)?;
+            self.pass(sums.part, &o, states, enters, false)?;
         }
         self.states = Some(states);
         Ok(self.o.insert(o).shallow_clone())
@@ -110,7 +117,7 @@ impl<F: Family> ForwardSegment for Forward<F> {
                 add(&mut all, piece, late)?;
             }
         }
-        Ok(Some(self.sums.iter().map(|sums| sums.entries(&self.call, &all, None)).collect::<Result<_>>()?))
+        self.states(&all, None).map(Some)
     }
 
     fn finish(mut self: Box<Self>) -> Result<Tensor> {
@@ -118,7 +125,7 @@ impl<F: Family> ForwardSegment for Forward<F> {
         if self.is_late() {
             for sums in &self.sums {
                 let entries = sums.entries_of(&self.call, &self.late)?;
-                self.pass(sums.part, &o, &entries, true)?;
+                self.pass(sums.part, &o, &entries, Enters::FromOutside, true)?;
             }
         }
         Ok(o)

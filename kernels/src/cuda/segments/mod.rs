@@ -2,7 +2,8 @@
 //! its passes, and the states between them.
 //!
 //! Each family's source has the same kernels: `summarize` sums up segments, `combine` turns the sums into the states that enter
-//! them, `run` starts from these and makes o, dq, or dk and dv. [`Family`] is how a family launches its own. [`plan`] cuts the
+//! them, `run` starts from these and makes o, dq, or dk and dv. Where a family can, and nobody else asks for the states, `run` does
+//! it all ([`Family::looks_back`]). [`Family`] is how a family launches its own. [`plan`] cuts the
 //! tokens of all documents among the multiprocessors, [`states`] has what passes leave for each other, [`forward`] and
 //! [`backward`] call them, for all documents at once. States leave a pass only between segments, never every few tokens.
 
@@ -16,7 +17,7 @@ use std::marker::PhantomData;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Kernel, runs_on};
+use super::{Kernel, gpu, runs_on, stream};
 use crate::linear::{BackwardSegment, Decay, ForwardSegment, Inputs, Piece, StateMixer, Summary, Transition};
 use crate::linear::{check, check_grad};
 use crate::{Error, Result};
@@ -45,6 +46,9 @@ pub trait Family: Sized + Send + 'static {
     fn summarize(call: &Call<Self>, sums: &Sums, which: i32, key: &Tensor, value: &Tensor, scale: f64) -> Result<()>;
     /// The kernel `combine`, and how its parameters give the sizes of a state.
     fn combine(call: &Call<Self>, dk: i64, dv: i64) -> Result<(Kernel, Vec<i64>)>;
+    /// Whether [`Family::output`] and [`Family::keys`] can make the entries themselves ([`Pass::looks_back`]) where no state comes from
+    /// outside, and are quicker then.
+    fn looks_back(call: &Call<Self>) -> bool;
     /// o. `late`: only what entering states add, to the tokens of pieces that one enters.
     fn output(call: &Call<Self>, x: &Pass, late: bool, o: Out) -> Result<()>;
     /// Room for what dq's pass leaves of a part's dlog_decay, for that of dk; `all`: dlog_decay.
@@ -63,9 +67,28 @@ pub struct Pass<'a> {
     pub log_decay: Option<Tensor>,
     /// Or in reverse their gradients, which enter at the ends: `[slots, K, V]`.
     pub entries: &'a Tensor,
+    /// `entries` is room for them: the pass makes them of the segments' sums, which it makes too.
+    pub looks_back: bool,
     /// Whether a state enters from outside too.
     pub ends: bool,
     pub scale: f64,
+}
+
+/// What is known of the states that enter a pass's segments.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Enters {
+    /// They are those of other segments, which have been summed up,
+    Known,
+    /// and some are from outside.
+    FromOutside,
+    /// They are those of other segments, which the pass is to sum up.
+    Unknown,
+}
+
+impl Enters {
+    fn known(from_outside: bool) -> Self {
+        if from_outside { Self::FromOutside } else { Self::Known }
+    }
 }
 
 /// One output of a pass.
@@ -199,7 +222,8 @@ impl<F: Family> Call<F> {
                 Some(tiles::<F>(&g.f_to_kind(kind)?)?)
             }
         };
-        let plan = Plan::of(device, Cut { sequences: b, heads: h, chunk: CHUNK, blocks }, pieces)?;
+        let cut = Cut { sequences: b, heads: h, chunk: CHUNK, blocks };
+        let plan = Plan::of(device, stream(gpu(device)?)? as usize, cut, pieces)?;
         Ok(Self { family, plan, device, kind, log_decay, b, t, h, dk, dv, pieces: pieces.to_vec() })
     }
 
@@ -269,8 +293,9 @@ impl Tokens {
         Ok(Self { q: tiles::<F>(&x.q)?, k: tiles::<F>(&x.k)?, v: tiles::<F>(&x.v)?, scale })
     }
 
-    fn pass<'a, F: Family>(&self, call: &Call<F>, part: Part, entries: &'a Tensor, ends: bool) -> Result<Pass<'a>> {
+    fn pass<'a, F: Family>(&self, call: &Call<F>, part: Part, entries: &'a Tensor, enters: Enters) -> Result<Pass<'a>> {
         let (q, k, v) = (part.keys(&self.q)?, part.keys(&self.k)?, part.values(&self.v)?);
-        Ok(Pass { part, q, k, v, log_decay: part.log_decay(call)?, entries, ends, scale: self.scale })
+        let (looks_back, ends) = (enters == Enters::Unknown, enters == Enters::FromOutside);
+        Ok(Pass { part, q, k, v, log_decay: part.log_decay(call)?, entries, looks_back, ends, scale: self.scale })
     }
 }

@@ -8,7 +8,7 @@
 //! say that its chain has others before and after it, [`FIRST`] and [`LAST`] that it is where a state enters or leaves the
 //! chain from or to outside. Only chains of several segments, and those that a state enters or leaves, have slots: rows of the
 //! sums and states `[slots, K, V]` that passes leave for each other, consecutive in a chain. All others start from zero, and
-//! nobody asks for their sum: flags 0, slot -1. States from outside are `[rows, K, V]`, `B H` rows a piece that one enters (or
+//! nobody asks for their sum: flags 0, slot and chain -1. States from outside are `[rows, K, V]`, `B H` rows a piece that one enters (or
 //! leaves), in the order of pieces, then of sequences, then of heads.
 
 use std::sync::{Mutex, OnceLock};
@@ -64,6 +64,11 @@ pub struct Plan {
     pub slots: i64,
     /// All segments' flags.
     pub flags: i32,
+    /// Segments of the longest chain.
+    pub longest: i64,
+    /// By which the blocks of one launch tell each other how far they are: a counter of 64 bits, and 32 bits a slot. Zeros at
+    /// first; whoever uses them leaves them as the next launch finds them.
+    pub signals: Tensor,
 }
 
 /// The tables before they are sent to a device.
@@ -114,7 +119,7 @@ fn tables(cut: Cut, pieces: &[Piece]) -> Tables {
                 let before = if at > start { FOLLOWS } else { FIRST * i32::from(piece.enters) };
                 let after = if next < until { FOLLOWED } else { LAST * i32::from(piece.leaves) };
                 let place = [line / heads, line % heads, token + tokens.0, token + tokens.1].map(|x| x as i32);
-                tables.segments.push([place[0], place[1], place[2], place[3], before | after, -1, 0, 0]);
+                tables.segments.push([place[0], place[1], place[2], place[3], before | after, -1, 0, -1]);
                 at = next;
             }
             tables.keep_states(chain, entry, end);
@@ -135,11 +140,12 @@ impl Tables {
         if count == 1 && entry < 0 && end < 0 {
             return;
         }
+        let chain = self.chains.len() as i32;
         self.chains.push([self.slots, count, entry, end]);
         for (i, segment) in (0..count).zip(&mut *segments) {
             // The state at its end is the next one's entry, or one of those that leave.
             let after = if i + 1 < count { self.slots + i + 1 } else { -1 - end };
-            (segment[5], segment[6]) = (self.slots + i, after);
+            (segment[5], segment[6], segment[7]) = (self.slots + i, after, chain);
         }
         if entry >= 0 {
             self.entered.extend_from_slice(segments);
@@ -191,12 +197,15 @@ impl Tables {
             chain_count: self.chains.len() as u32,
             slots: i64::from(self.slots),
             flags: self.segments.iter().fold(0, |flags, segment| flags | segment[4]),
+            longest: self.chains.iter().map(|chain| i64::from(chain[1])).max().unwrap_or(0),
+            signals: Tensor::f_zeros([2 + i64::from(self.slots)], (Kind::Int, device))?,
         })
     }
 }
 
 struct Kept {
     device: Device,
+    stream: usize,
     cut: Cut,
     pieces: Vec<Piece>,
     plan: Plan,
@@ -208,19 +217,20 @@ const NUMBERS: usize = 1 << 22;
 
 impl Plan {
     /// For `[B, T, H, ..]` on `device`. Made once for all layers and passes that a sequence goes through: the plans last used
-    /// are kept.
-    pub fn of(device: Device, cut: Cut, pieces: &[Piece]) -> Result<Self> {
+    /// are kept. `stream`: on which all launches with this plan come one after another.
+    pub fn of(device: Device, stream: usize, cut: Cut, pieces: &[Piece]) -> Result<Self> {
         static PLANS: OnceLock<Mutex<Vec<Kept>>> = OnceLock::new();
         let plans = PLANS.get_or_init(Mutex::default);
         let take = || {
             let mut plans = lock(plans);
-            let same = |kept: &Kept| kept.device == device && kept.cut == cut && kept.pieces == pieces;
+            let same =
+                |kept: &Kept| (kept.device, kept.stream, kept.cut) == (device, stream, cut) && kept.pieces == pieces;
             plans.iter().position(same).map(|at| plans.remove(at))
         };
         // Not under the lock: the copy to a device may wait for other ranks, which may be threads that want plans too.
         let kept = match take() {
             Some(kept) => kept,
-            None => Kept { device, cut, pieces: pieces.to_vec(), plan: tables(cut, pieces).send(device)? },
+            None => Kept { device, stream, cut, pieces: pieces.to_vec(), plan: tables(cut, pieces).send(device)? },
         };
         let mut plans = lock(plans);
         let plan = kept.plan.shallow_clone();
@@ -236,7 +246,8 @@ impl Plan {
     }
 
     fn numbers(&self) -> usize {
-        [&self.all.segments, &self.all.first, &self.entered.segments, &self.entered.first, &self.chains]
+        let Self { all, entered, chains, signals, .. } = self;
+        [&all.segments, &all.first, &entered.segments, &entered.first, chains, signals]
             .iter()
             .map(|table| table.numel())
             .sum()
@@ -245,7 +256,8 @@ impl Plan {
     pub fn shallow_clone(&self) -> Self {
         let work =
             |work: &Work| Work { segments: work.segments.shallow_clone(), first: work.first.shallow_clone(), ..*work };
-        Self { all: work(&self.all), entered: work(&self.entered), chains: self.chains.shallow_clone(), ..*self }
+        let [chains, signals] = [&self.chains, &self.signals].map(Tensor::shallow_clone);
+        Self { all: work(&self.all), entered: work(&self.entered), chains, signals, ..*self }
     }
 }
 
@@ -302,15 +314,16 @@ mod tests {
                 };
                 let (entry, leaving) = (row(|p| p.enters), row(|p| p.leaves));
                 if chain.len() == 1 && !piece.enters && !piece.leaves {
-                    assert_eq!((chain[0][4], chain[0][5]), (0, -1));
+                    assert_eq!((chain[0][4], chain[0][5], chain[0][7]), (0, -1, -1));
                     continue;
                 }
+                let number = (x.chains.len() - chains.len()) as i32;
                 assert_eq!(chains.next(), Some(&[slots, chain.len() as i32, entry, leaving]));
                 for (i, s) in chain.iter().enumerate() {
                     let (first, last) = (i == 0, i + 1 == chain.len());
                     let before = if first { FIRST * i32::from(piece.enters) } else { FOLLOWS };
                     let after = if last { LAST * i32::from(piece.leaves) } else { FOLLOWED };
-                    assert_eq!((s[4], s[5]), (before | after, slots));
+                    assert_eq!((s[4], s[5], s[7]), (before | after, slots, number));
                     slots += 1;
                     if !last || piece.leaves {
                         assert_eq!(s[6], if last { -1 - leaving } else { slots });
@@ -384,11 +397,15 @@ mod tests {
     #[test]
     fn plans_are_kept_for_a_while() {
         let cut = Cut { sequences: 1, heads: 2, chunk: CHUNK, blocks: 4 };
-        let of = |tokens| {
-            Plan::of(Device::Cpu, cut, &[piece(tokens, false, false), piece(tokens + 1, false, true)]).unwrap()
+        let on = |stream, tokens| {
+            let pieces = [piece(tokens, false, false), piece(tokens + 1, false, true)];
+            Plan::of(Device::Cpu, stream, cut, &pieces).unwrap()
         };
+        let of = |tokens| on(0, tokens);
         let plan = of(100);
         assert_eq!(of(100).chains.data_ptr(), plan.chains.data_ptr());
+        assert_eq!(of(100).signals.data_ptr(), plan.signals.data_ptr());
+        assert_ne!(on(1, 100).signals.data_ptr(), plan.signals.data_ptr());
         let tables = tables(cut, &[piece(100, false, false), piece(101, false, true)]);
         let numbers = |x: &Tensor| Vec::<i32>::try_from(x).unwrap();
         assert_eq!(numbers(&plan.all.segments), tables.segments.as_flattened());

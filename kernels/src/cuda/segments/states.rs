@@ -106,6 +106,11 @@ impl Sums {
         Ok(())
     }
 
+    /// Room for the states `[slots, K, V]` that enter the segments.
+    pub fn room<F: Family>(&self, call: &Call<F>) -> Result<Tensor> {
+        call.empty(&self.sums.size())
+    }
+
     /// The states `[slots, K, V]` that enter the segments, with those of `external` entering their pieces, and into `finals`
     /// `[rows, K, V]`, of the whole head, those that leave them.
     pub fn entries<F: Family>(
@@ -147,7 +152,7 @@ impl Sums {
         finals: Option<&Tensor>,
     ) -> Result<Tensor> {
         let (dk, dv) = (self.part.k.1, self.part.v.1);
-        let entries = call.empty(&self.sums.size())?;
+        let entries = self.room(call)?;
         let external = self.part.external(call, self.reverse, external)?;
         if external.is_none() && finals.is_none() && call.plan.flags & FOLLOWS == 0 {
             return Ok(entries);
