@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Linear-attention kernels of ours and of flash-linear-attention on one GPU, in one run: benches/gpu-kernels.sh FOLDER [OPTIONS]
-# OPTIONS are for both: --documents 16, --tokens, --decays, --heads, --dim, --runs. DECAYS: the peer's alone.
+# OPTIONS are for both: --documents 16, --tokens, --decays, --heads, --dim, --runs, --clean. DECAYS: the peer's alone; JOBS: how many
+# processes compile its kernels.
 # Needs PyTorch, Triton and flash-linear-attention in python3, which tunes for minutes. Leaves both results in FOLDER.
 set -euo pipefail
 out=${1:?a folder for the results}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >"$out/machine.txt"
 "${LASP_GPU:-target/release/gpu}" "${@:2}" | tee "$out/ours.jsonl"
-python3 "$(dirname "$0")/peers/linear_attention.py" --decays "${DECAYS:-none,head,token}" "${@:2}" | tee "$out/peer.jsonl"
+python3 "$(dirname "$0")/peers/linear_attention.py" --decays "${DECAYS:-none,head,token}" --compile-jobs "${JOBS:-8}" "${@:2}" | tee "$out/peer.jsonl"
 python3 - "$out" <<'END'
 import json, sys
 rows = lambda name: [json.loads(line) for line in open(f"{sys.argv[1]}/{name}.jsonl")]

@@ -6,6 +6,9 @@ Times are medians of CUDA events around one call, the L2 cache overwritten befor
 for launches; as in `target/release/gpu`. Memory is the peak of the allocator above what was allocated before a forward and
 backward pass. Needs PyTorch, Triton and flash-linear-attention. A decay that this version refuses, or takes of no packed
 documents, is a line with an error.
+
+Triton compiles what it chooses from one after another, for minutes. With --compile-jobs N so many processes first compile a share each,
+which Triton's cache keeps; the choice is then made among all, by one process, as ever.
 """
 
 import argparse
@@ -13,7 +16,10 @@ import inspect
 import itertools
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 
 import fla
 import torch
@@ -22,6 +28,7 @@ from fla.ops.gla import chunk_gla
 from fla.ops.linear_attn import chunk_linear_attn
 from fla.ops.retention import chunk_retention
 from fla.ops.simple_gla import chunk_simple_gla
+from triton.runtime.autotuner import Autotuner
 
 
 # Tokens that every document has, and the proportions of the rest; as in `target/release/gpu`.
@@ -72,12 +79,14 @@ def inputs(tokens, documents, heads, dim, dtype):
     }
 
 
-def milliseconds(call, runs):
+def milliseconds(call, runs, clean):
     cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     times = []
     for i in range(runs + 3):
         for _ in range(OVERWRITTEN):
             cache.zero_()
+        if clean:
+            cache.view(torch.float32).sum()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -97,10 +106,10 @@ def measure(decay, tokens, options):
         torch.autograd.grad(attend(q, k, v), (q, k, v), x["d_o"])
 
     with torch.no_grad():
-        forward = milliseconds(lambda: attend(q, k, v), options.runs)
+        forward = milliseconds(lambda: attend(q, k, v), options.runs, options.clean)
     result = {"peer": name, "forward_ms": forward}
     if not options.forward_only:
-        result["both_ms"] = milliseconds(both, options.runs)
+        result["both_ms"] = milliseconds(both, options.runs, options.clean)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -108,6 +117,36 @@ def measure(decay, tokens, options):
         torch.cuda.synchronize()
         result["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     return result
+
+
+def compile_share(share, jobs, decays, tokens, options):
+    """Calls everything once, with every `jobs`-th of the configurations that a kernel is tuned from."""
+    all_of = Autotuner.prune_configs
+
+    def some_of(self, kwargs):
+        configs = all_of(self, kwargs)
+        return configs[share::jobs] or configs[:1]
+
+    Autotuner.prune_configs = some_of
+    Autotuner.do_bench = lambda self, call, quantiles: [call() or 0.0] * len(quantiles)
+    for decay in decays:
+        try:
+            x = inputs(tokens, options.documents, options.heads, options.dim, getattr(torch, options.dtype))
+            q, k, v = x["qkv"]
+            o = operator(decay, x)[1](q, k, v)
+            if not options.forward_only:
+                torch.autograd.grad(o, (q, k, v), x["d_o"])
+        except Exception as error:  # The measurement will say so.
+            print(f"share {share}, {decay}: {error}"[:300], file=sys.stderr)
+
+
+def compile_ahead(jobs):
+    shares = [
+        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "COMPILE_SHARE": str(share), "FLA_CACHE_RESULTS": "0"})
+        for share in range(jobs)
+    ]
+    for share in shares:
+        share.wait()
 
 
 def main():
@@ -120,6 +159,8 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--clean", action="store_true", help="read something into the L2 cache after overwriting it")
+    parser.add_argument("--compile-jobs", type=int, default=1)
     options = parser.parse_args()
     decays = options.decays.split(",")
     if not {*decays} <= {"none", "head", "token", "channel"}:
@@ -127,6 +168,11 @@ def main():
     room = max(1, min(options.tokens) // AT_LEAST)
     if not 1 <= options.documents <= room:
         parser.error(f"--documents {options.documents}: expected 1 to {room}, of {AT_LEAST} tokens and more each (--tokens)")
+    if "COMPILE_SHARE" in os.environ:
+        share = int(os.environ["COMPILE_SHARE"])
+        return compile_share(share, options.compile_jobs, decays, min(options.tokens), options)
+    if options.compile_jobs > 1:
+        compile_ahead(options.compile_jobs)
     versions = {"fla": fla.__version__, "torch": torch.__version__, "triton": triton.__version__}
     gpu = torch.cuda.get_device_name()
     for decay in decays:

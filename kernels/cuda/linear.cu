@@ -46,30 +46,14 @@
 #include "hopper.cuh"
 #include "wgmma.cuh"
 #include "segments.cuh"
+#include "chunks.cuh"
 
 // Of a thread, by its warpgroup's role; together what the multiprocessor has.
 constexpr int LOADER_REGISTERS = 40, STATE_REGISTERS = 200, OUTPUT_REGISTERS = 136;
 
-constexpr int CHUNK = 64;
-constexpr int BLOCK = CHUNK * 128;  // bytes of one block of 64 columns of a tile
-constexpr float LOG2E = 1.4426950408889634f;
-
 constexpr __host__ __device__ int max_of(int a, int b) {
     return a > b ? a : b;
 }
-
-constexpr int WARP_ARRIVALS = EVERY_THREAD_ARRIVES ? 32 : 1;
-
-DEVICE void warp_arrives(u32 bar, int lane) {
-    __syncwarp();
-    if (EVERY_THREAD_ARRIVES || lane == 0) barrier_arrive(bar);
-}
-
-struct Decays {
-    // Natural logarithms [B, T, H], by strides.
-    const float* log;
-    long long batch, token, head;
-};
 
 struct SummarizeParams {
     TensorMap y, z;
@@ -126,226 +110,6 @@ struct CombineParams {
     int elements;           // K V
     int reverse;
 };
-
-// The walk of all warpgroups over a block's tiles, the same in each.
-struct Walk {
-    int stage = 0;
-    u32 phase = 0;
-
-    template <int Stages>
-    DEVICE void next() {
-        if (++stage == Stages) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-// The same ring the other way round, so that the tiles visited last lie where `Walk` begins.
-struct WalkBack {
-    int stage;
-    int left = 0;
-    u32 phase = 0;
-
-    template <int Stages>
-    DEVICE void next() {
-        stage = stage == 0 ? Stages - 1 : stage - 1;
-        if (++left == Stages) {
-            left = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-DEVICE int chunks_of(const Segment& s) {
-    return (s.end - s.start + CHUNK - 1) / CHUNK;
-}
-
-// Position in time of the `i`-th chunk that a pass visits.
-DEVICE int chunk_at(int i, int n) {
-    return REVERSE ? n - 1 - i : i;
-}
-
-// One chunk's cumulative log-decays (base 2, inclusive).
-struct ChunkDecay {
-    const float* sums;  // [CHUNK] in shared memory
-    int valid;          // tokens of this chunk
-
-    DEVICE float at(int i) const {
-        return DECAY ? sums[i] : 0.f;
-    }
-    DEVICE float total() const {
-        return at(CHUNK - 1);
-    }
-    // What a token's y^T z is multiplied by on its way into the state that leaves the chunk and is then worth e^later.
-    DEVICE float to_state(int i, float later) const {
-        if (i >= valid) return 0.f;
-        return DECAY ? exp2_fast(later + (REVERSE ? at(i) : total() - at(i))) : 1.f;
-    }
-    // What the state that enters the chunk is multiplied by on its way to a token.
-    DEVICE float from_state(int i) const {
-        return DECAY ? exp2_fast(REVERSE ? total() - at(i) : at(i)) : 1.f;
-    }
-    // From column's y to row's x.
-    DEVICE float between(int row, int column) const {
-        if (REVERSE ? column < row || column >= valid : column > row) return 0.f;
-        return DECAY ? exp2_fast(REVERSE ? at(column) - at(row) : at(row) - at(column)) : 1.f;
-    }
-};
-
-// For the warp that makes cumulative sums of per-token decays: those of a segment's chunks from the `first`-th visited on, one
-// tile ahead with its loads. `place(i)`: the position in time of the i-th; `room()`: where its sums go, once that is free;
-// `done()`: they are there.
-template <typename Place, typename Room, typename Done>
-DEVICE void load_decays(const Decays& d, const Segment& seg, int first, int lane, Place place, Room room, Done done) {
-    const int n = chunks_of(seg);
-    const float* base = d.log + seg.batch * d.batch + seg.head * d.head;
-    float next[2];
-    auto fetch = [&](int i) {
-        const int t = seg.start + place(i) * CHUNK + 2 * lane;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) next[e] = i < n && t + e < seg.end ? base[(t + e) * d.token] * LOG2E : 0.f;
-    };
-    fetch(first);
-    for (int i = first; i < n; ++i) {
-        const float low = next[0], pair = next[0] + next[1];
-        fetch(i + 1);
-        float sum = pair;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const float other = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += other;
-        }
-        float* to = room();
-        to[2 * lane] = sum - pair + low;
-        to[2 * lane + 1] = sum;
-        done();
-    }
-}
-
-// The part of a state that one thread of the state's warpgroup keeps: rows 64 m + 16 warp + lane / 4 (+ 8), columns
-// 8 n + 2 (lane % 4) (+ 1) for register 4 n + 2 (row + 8) + column.
-template <int RowBlocks, int Columns>
-struct State {
-    static constexpr int N = Columns / 2;
-    float m[RowBlocks][N];
-
-    DEVICE void scale(float by) {
-#pragma unroll
-        for (int b = 0; b < RowBlocks; ++b)
-#pragma unroll
-            for (int i = 0; i < N; ++i) m[b][i] *= by;
-    }
-
-    // f(row, column, value of this and the next column)
-    template <typename F>
-    DEVICE void each_pair(int warp, int lane, F f) {
-#pragma unroll
-        for (int b = 0; b < RowBlocks; ++b)
-#pragma unroll
-            for (int i = 0; i < N; i += 2)
-                f(64 * b + 16 * warp + lane / 4 + 8 * ((i / 2) & 1), i / 4 * 8 + 2 * (lane & 3), m[b][i], m[b][i + 1]);
-    }
-
-    // m = e^B m + sum_i f_i y_i^T z_i over a tile or, when tiles come last first (`Backwards`),
-    // m = m + e^later sum_i f_i y_i^T z_i.
-    template <bool Backwards>
-    DEVICE void update(u32 y, u32 z, const ChunkDecay& decay, float later, int warp, int lane) {
-        u32 a[RowBlocks][CHUNK / 16][4];
-        const int row = (lane & 7) + (lane & 16) / 2;  // token within 16
-        const int piece = (lane & 8) / 8;              // which 8 channels of 16
-#pragma unroll
-        for (int b = 0; b < RowBlocks; ++b)
-#pragma unroll
-            for (int k = 0; k < CHUNK / 16; ++k)
-                load_matrices_transposed(
-                    a[b][k], y + b * BLOCK + (16 * k + row) * 128 + (((2 * warp + piece) ^ (row & 7)) << 4));
-        if (DECAY || decay.valid < CHUNK) {
-#pragma unroll
-            for (int k = 0; k < CHUNK / 16; ++k) {
-                float f[4];
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    f[e] = decay.to_state(16 * k + 8 * (e / 2) + 2 * (lane & 3) + (e & 1), later);
-#pragma unroll
-                for (int b = 0; b < RowBlocks; ++b)
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) {
-                        const u32 pair = a[b][k][r];
-                        a[b][k][r] = pack_bf16(low_bf16(pair) * f[r & 2], high_bf16(pair) * f[(r & 2) + 1]);
-                    }
-            }
-        }
-        if (DECAY && !Backwards) scale(exp2_fast(decay.total()));
-#pragma unroll
-        for (int b = 0; b < RowBlocks; ++b) pin(m[b]);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < CHUNK / 16; ++k)
-#pragma unroll
-            for (int b = 0; b < RowBlocks; ++b)
-                Wgmma<Columns>::template rs<1>(m[b], a[b][k], descriptor(z + k * 2048, BLOCK), 1);
-        wgmma_commit();
-        wgmma_wait<0>();
-#pragma unroll
-        for (int b = 0; b < RowBlocks; ++b) pin(m[b]);
-    }
-
-    // The first `rows` and `columns`, row by row.
-    DEVICE void write(float* to, int rows, int columns, int warp, int lane) {
-        each_pair(warp, lane, [&](int row, int column, float& a, float& b) {
-            if (row < rows && column < columns)
-                *reinterpret_cast<float2*>(to + row * columns + column) = make_float2(a, b);
-        });
-    }
-
-    // Of 64 rows by 128 threads, as they have them: each four numbers at a time.
-    static constexpr int PIECE = 128 * N * 4;  // bytes
-
-    DEVICE void write_pieces(float* to, int thread) {
-#pragma unroll
-        for (int b = 0; b < RowBlocks; ++b)
-#pragma unroll
-            for (int i = 0; i < N; i += 4)
-                reinterpret_cast<float4*>(to)[(b * N + i) * 32 + thread] =
-                    make_float4(m[b][i], m[b][i + 1], m[b][i + 2], m[b][i + 3]);
-    }
-
-    // m = a m + the piece of 64 rows at `from`, in shared memory.
-    DEVICE void add_piece(int b, float a, u32 from, int thread) {
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            const uint4 x = load_shared_16(from + (i * 32 + thread) * 16);
-            m[b][i] = a * m[b][i] + __uint_as_float(x.x);
-            m[b][i + 1] = a * m[b][i + 1] + __uint_as_float(x.y);
-            m[b][i + 2] = a * m[b][i + 2] + __uint_as_float(x.z);
-            m[b][i + 3] = a * m[b][i + 3] + __uint_as_float(x.w);
-        }
-    }
-
-    // A bf16 copy in the layout of a tile of 64 RowBlocks rows.
-    DEVICE void publish(u32 to, int warp, int lane) {
-        const int row = (lane & 7) + (lane & 8), piece = (lane & 16) / 16;
-#pragma unroll
-        for (int b = 0; b < RowBlocks; ++b)
-#pragma unroll
-            for (int n = 0; n < Columns / 16; ++n) {
-                const float* v = &m[b][8 * n];
-                store_matrices(to + (n / 4) * (RowBlocks * BLOCK) + (64 * b + 16 * warp + row) * 128
-                                   + (((2 * (n & 3) + piece) ^ (row & 7)) << 4),
-                               pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
-                               pack_bf16(v[6], v[7]));
-            }
-    }
-};
-
-DEVICE void load_tile(const TensorMap* map, u32 to, int blocks, u32 bar, int token, const Segment& s) {
-    for (int b = 0; b < blocks; ++b) tma_load(to + b * BLOCK, map, bar, 64 * b, token, s.head, s.batch);
-}
-
-DEVICE void load_tile(const TensorMap* map, u32 to, int blocks, u32 bar, int token, const Segment& s, u64 policy) {
-    for (int b = 0; b < blocks; ++b) tma_load(to + b * BLOCK, map, bar, 64 * b, token, s.head, s.batch, policy);
-}
 
 // ---- summarize -------------------------------------------------------------------------------------------------
 
@@ -409,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) summarize(const __grid_cons
             const Segment seg = p.segments[s];
             if (!(seg.flags & p.which)) continue;
             State<K_BLOCKS, 64 * V_BLOCKS> state;
-            state.each_pair(warp, lane, [](int, int, float& a, float& b) { a = b = 0.f; });
+            state.clear();
             const int n = chunks_of(seg);
             float total = 0.f;
             for (int i = 0; i < n; ++i) {
@@ -452,11 +216,6 @@ constexpr int SNAPSHOT = K_BLOCKS * V_BLOCKS * BLOCK;
 // out alike.
 constexpr int EXCHANGE_AT = STAGES * STAGE + 2 * SNAPSHOT;
 constexpr int OUTPUT_ARRIVALS = DUAL ? 2 : 1;
-
-struct Shared {
-    u32 tiles, snapshots, full, empty, ready, taken, entered;
-    u32 sum_full, sum_empty;  // (LOOK_BACK)
-};
 
 // One chunk, for the warpgroups of the outputs.
 struct Work {
@@ -637,38 +396,273 @@ DEVICE void outputs(const RunParams& p, const Work& work, u32 x, u32 y, u32 z, u
     }
 }
 
+// ---- the roles of a block's warpgroups
+
+// A block's work, and where what its roles share lies in shared memory.
+struct Block {
+    int from, to;  // segments
+    // (LOOK_BACK) Which launch with the same flags this is; whether the first tiles of the block's only segment are still there
+    // when it has been summed up; the stage of the ring where the sum begins, so that they lie where they belong.
+    u32 turn;
+    bool kept;
+    int sum_stage;
+    u32 tiles, snapshots;
+    float* sums;       // cumulative log-decays of the tiles, [STAGES, CHUNK]
+    float* pair_sums;  // see Work
+    // Barriers, of each stage: tiles have come, may be overwritten; (LOOK_BACK) the same while segments are summed up.
+    u32 full, empty, sum_full, sum_empty;
+    // Of each snapshot: it is there, no longer needed. Of each piece of a state that enters: it has come.
+    u32 ready, taken, entered;
+    int warp, lane, thread;  // of the warpgroup
+};
+
+// One thread. y and z for the sums, from the last tile to the first; then all that the outputs want.
+DEVICE void load_tiles(const RunParams& p, const Block& block) {
+    if (LOOK_BACK) {
+        WalkBack w{block.sum_stage};
+        const u64 policy = evict_last();
+        for (int s = block.from; s < block.to; ++s) {
+            const Segment seg = p.segments[s];
+            if (!(seg.flags & p.left)) continue;
+            const int n = chunks_of(seg);
+            for (int i = n - 1; i >= 0; --i) {
+                const int token = seg.start + chunk_at(i, n) * CHUNK;
+                const u32 tile = block.tiles + w.stage * STAGE, bar = block.sum_full + 8 * w.stage;
+                barrier_wait(block.sum_empty + 8 * w.stage, w.phase ^ 1);
+                barrier_expect(bar, SUM_STAGE);
+                load_tile(&p.y, tile + Y_AT, K_BLOCKS, bar, token, seg, policy);
+                load_tile(&p.z, tile + Z_AT, V_BLOCKS, bar, token, seg, policy);
+                w.next<STAGES>();
+            }
+        }
+        for (int i = 0; i < STAGES && !block.kept; ++i) {
+            barrier_wait(block.sum_empty + 8 * w.stage, w.phase ^ 1);
+            w.next<STAGES>();
+        }
+    }
+    Walk w;
+    for (int s = block.from; s < block.to; ++s) {
+        const Segment seg = p.segments[s];
+        const int n = chunks_of(seg);
+        for (int i = 0; i < n; ++i) {
+            const int token = seg.start + chunk_at(i, n) * CHUNK;
+            const u32 tile = block.tiles + w.stage * STAGE, bar = block.full + 8 * w.stage;
+            const bool there = block.kept && i < STAGES;
+            barrier_wait(block.empty + 8 * w.stage, w.phase ^ 1);
+            barrier_expect(bar, there ? LOADED - SUM_STAGE : LOADED);
+            if (INTRA && !there) {
+                load_tile(&p.y, tile + Y_AT, K_BLOCKS, bar, token, seg);
+                load_tile(&p.z, tile + Z_AT, V_BLOCKS, bar, token, seg);
+            }
+            load_tile(&p.x, tile, K_BLOCKS, bar, token, seg);
+            if (DUAL || DOTS) load_tile(&p.x2, tile + X2_AT, V_BLOCKS, bar, token, seg);
+            w.next<STAGES>();
+        }
+    }
+}
+
+// One warp, beside the tiles.
+DEVICE void load_decays(const RunParams& p, const Block& block) {
+    if (LOOK_BACK) {
+        WalkBack w{block.sum_stage};
+        const auto room = [&] {
+            barrier_wait(block.sum_empty + 8 * w.stage, w.phase ^ 1);
+            return block.sums + w.stage * CHUNK;
+        };
+        const auto done = [&] {
+            warp_arrives(block.sum_full + 8 * w.stage, block.lane);
+            w.next<STAGES>();
+        };
+        for (int s = block.from; s < block.to; ++s) {
+            const Segment seg = p.segments[s];
+            if (!(seg.flags & p.left)) continue;
+            const int n = chunks_of(seg);
+            load_decays(p.decay, seg, 0, block.lane, [&](int i) { return chunk_at(n - 1 - i, n); }, room, done);
+        }
+        for (int i = 0; i < STAGES && !block.kept; ++i) {
+            room();
+            w.next<STAGES>();
+        }
+    }
+    Walk w;
+    const auto room = [&] {
+        barrier_wait(block.empty + 8 * w.stage, w.phase ^ 1);
+        return block.sums + w.stage * CHUNK;
+    };
+    const auto done = [&] {
+        warp_arrives(block.full + 8 * w.stage, block.lane);
+        w.next<STAGES>();
+    };
+    for (int s = block.from; s < block.to; ++s) {
+        const Segment seg = p.segments[s];
+        const int n = chunks_of(seg), there = block.kept ? min(STAGES, n) : 0;
+        for (int i = 0; i < there; ++i) done();
+        load_decays(p.decay, seg, there, block.lane, [&](int i) { return chunk_at(i, n); }, room, done);
+    }
+}
+
 typedef State<K_BLOCKS, 64 * V_BLOCKS> RunState;
 static_assert(K_BLOCKS * RunState::PIECE == 2 * SNAPSHOT, "a state in f32 has room in the two snapshots");
 
+// (LOOK_BACK) The sums of this block's segments, for the blocks after it.
+DEVICE void show_sums(const RunParams& p, const Block& block) {
+    WalkBack w{block.sum_stage};
+    for (int s = block.from; s < block.to; ++s) {
+        const Segment seg = p.segments[s];
+        if (!(seg.flags & p.left)) continue;
+        RunState sum;
+        sum.clear();
+        const int n = chunks_of(seg);
+        float total = 0.f;
+        for (int i = n - 1; i >= 0; --i) {
+            const int token = seg.start + chunk_at(i, n) * CHUNK;
+            const u32 tile = block.tiles + w.stage * STAGE;
+            barrier_wait(block.sum_full + 8 * w.stage, w.phase);
+            const ChunkDecay decay{block.sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
+            sum.update<true>(tile + Y_AT, tile + Z_AT, decay, total, block.warp, block.lane);
+            total += decay.total();
+            warp_arrives(block.sum_empty + 8 * w.stage, block.lane);
+            w.next<STAGES>();
+        }
+        sum.scale(p.sum_scale);
+        sum.write_pieces(p.sums + (long long)seg.slot * K_BLOCKS * (RunState::PIECE / 4), block.thread);
+        if (DECAY && block.thread == 0) p.decays[seg.slot] = total;
+        fence_async_global();
+        warpgroup_sync(1);
+        if (block.thread == 0) tell(p.flags + seg.slot, block.turn);
+    }
+}
+
 // (LOOK_BACK) `state`, zero before, becomes the one that enters `seg`. The sums come by way of the snapshots, which nobody uses.
-// `parity`: of the barriers `entered`, one for each piece.
-DEVICE void take_over(const RunParams& p, const Shared& sh, RunState& state, const Segment& seg, u32 turn, u32& parity, int thread) {
+// `parity`: of the barriers `entered`.
+DEVICE void add_sums_before(const RunParams& p, const Block& block, RunState& state, const Segment& seg, u32& parity) {
     const Chain chain = p.chains[seg.chain];
     const int place = seg.slot - chain.first, before = REVERSE ? chain.count - 1 - place : place;
     const auto slot = [&](int i) { return chain.first + (REVERSE ? chain.count - 1 - i : i); };
     const auto load = [&](int i, int b) {
         if (b == 0) {
-            wait_for(p.flags + slot(i), turn);
+            wait_for(p.flags + slot(i), block.turn);
             fence_async_global();
         }
-        barrier_expect(sh.entered + 8 * b, RunState::PIECE);
-        bulk_load(sh.snapshots + b * RunState::PIECE, p.sums + ((long long)slot(i) * K_BLOCKS + b) * (RunState::PIECE / 4),
-                  sh.entered + 8 * b, RunState::PIECE);
+        barrier_expect(block.entered + 8 * b, RunState::PIECE);
+        bulk_load(block.snapshots + b * RunState::PIECE, p.sums + ((long long)slot(i) * K_BLOCKS + b) * (RunState::PIECE / 4),
+                  block.entered + 8 * b, RunState::PIECE);
     };
-    if (thread == 0)
+    if (block.thread == 0)
         for (int b = 0; b < K_BLOCKS; ++b) load(0, b);
     for (int i = 0; i < before; ++i) {
         float a = 1.f;
 #pragma unroll
         for (int b = 0; b < K_BLOCKS; ++b) {
-            barrier_wait(sh.entered + 8 * b, parity);
+            barrier_wait(block.entered + 8 * b, parity);
             if (DECAY && b == 0) a = exp2f(load_fresh(p.decays + slot(i)));
-            state.add_piece(b, a, sh.snapshots + b * RunState::PIECE, thread);
+            state.add_piece(b, a, block.snapshots + b * RunState::PIECE, block.thread);
             warpgroup_sync(1);
-            if (thread == 0 && i + 1 < before) load(i + 1, b);
+            if (block.thread == 0 && i + 1 < before) load(i + 1, b);
         }
         parity ^= 1;
     }
+}
+
+// The state that enters `seg`, which `combine` has left, also by way of the snapshots.
+DEVICE void read_entry(const RunParams& p, const Block& block, RunState& state, const Segment& seg, u32& parity, const float* snapshots) {
+    if (block.thread == 0) {
+        const u32 bytes = 4 * p.rows * p.columns;
+        barrier_expect(block.entered, bytes);
+        bulk_load(block.snapshots, p.entries + (long long)seg.slot * p.rows * p.columns, block.entered, bytes);
+    }
+    barrier_wait(block.entered, parity);
+    parity ^= 1;
+    state.each_pair(block.warp, block.lane, [&](int row, int column, float& a, float& b) {
+        if (row < p.rows && column < p.columns) {
+            const float* at = snapshots + row * p.entry_row + column * p.entry_column;
+            a = at[0];
+            b = at[p.entry_column];
+        }
+    });
+    warpgroup_sync(1);
+}
+
+// A warpgroup: takes the state through the segments, and shows a copy of it before every chunk.
+DEVICE void keep_state(const RunParams& p, const Block& block, const float* snapshots) {
+    if (LOOK_BACK) show_sums(p, block);
+    Walk w;
+    int count = 0;
+    u32 entered = 0;
+    for (int s = block.from; s < block.to; ++s) {
+        const Segment seg = p.segments[s];
+        RunState state;
+        state.clear();
+        if (seg.flags & p.entered) {
+            // The outputs' warpgroups are done with the snapshots.
+            barrier_wait(block.taken + 8 * (count & 1), (count / 2 & 1) ^ 1);
+            barrier_wait(block.taken + 8 * (~count & 1), ((count + 1) / 2 & 1) ^ 1);
+            if (LOOK_BACK)
+                add_sums_before(p, block, state, seg, entered);
+            else
+                read_entry(p, block, state, seg, entered, snapshots);
+        }
+        if (LOOK_BACK && seg.slot >= 0)
+            state.write(p.entries + (long long)seg.slot * p.rows * p.columns, p.rows, p.columns, block.warp, block.lane);
+        state.scale(p.entry_scale);
+        const int n = chunks_of(seg);
+        for (int i = 0; i < n; ++i, ++count) {
+            const int token = seg.start + chunk_at(i, n) * CHUNK, slot = count & 1;
+            barrier_wait(block.taken + 8 * slot, (count / 2 & 1) ^ 1);
+            state.publish(block.snapshots + slot * SNAPSHOT, block.warp, block.lane);
+            fence_async();
+            barrier_arrive(block.ready + 8 * slot);
+            const u32 tile = block.tiles + w.stage * STAGE;
+            barrier_wait(block.full + 8 * w.stage, w.phase);
+            const ChunkDecay decay{block.sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
+            if (!INTRA)
+                state.scale(exp2_fast(decay.total()));
+            else if (i + 1 < n)
+                state.update<false>(tile + Y_AT, tile + Z_AT, decay, 0.f, block.warp, block.lane);
+            warp_arrives(block.empty + 8 * w.stage, block.lane);
+            w.next<STAGES>();
+        }
+    }
+}
+
+// A warpgroup, the `mine`-th of two: every second chunk's outputs, or (dual) one of the two outputs.
+DEVICE void make_outputs(const RunParams& p, const Block& block, int mine) {
+    const int warp = block.warp, lane = block.lane;
+    Walk w;
+    int count = 0;
+    for (int s = block.from; s < block.to; ++s) {
+        const Segment seg = p.segments[s];
+        const int n = chunks_of(seg);
+        for (int i = 0; i < n; ++i, ++count) {
+            const int slot = count & 1, stage = w.stage;
+            const u32 phase = w.phase;
+            w.next<STAGES>();
+            if (!DUAL && slot != mine) continue;
+            const int token = seg.start + chunk_at(i, n) * CHUNK;
+            const u32 tile = block.tiles + stage * STAGE;
+            barrier_wait(block.full + 8 * stage, phase);
+            if (block.kept && i < STAGES) barrier_wait(block.sum_full + 8 * stage, (n - 1 - i) / STAGES & 1);
+            const Work work{
+                seg,
+                {block.sums + stage * CHUNK, min(CHUNK, seg.end - token)},
+                token,
+                block.snapshots + slot * SNAPSHOT,
+                block.tiles + EXCHANGE_AT,
+                block.pair_sums,
+                block.ready + 8 * slot,
+                (u32)count / 2 & 1,
+                block.taken + 8 * slot,
+                block.empty + 8 * stage,
+            };
+            if (!DUAL || mine == 0)
+                outputs<K_BLOCKS, V_BLOCKS, false>(p, work, tile, tile + Y_AT, tile + Z_AT, tile + X2_AT, &p.out_map, p.out,
+                                                   p.out_columns, p.accumulate & 1, warp, lane, 2 + mine);
+            else
+                outputs<V_BLOCKS, K_BLOCKS, true>(p, work, tile + X2_AT, tile + Z_AT, tile + Y_AT, tile, &p.out2_map, p.out2,
+                                                  p.out2_columns, p.accumulate & 2, warp, lane, 2 + mine);
+        }
+    }
+    if (warp == 0 && lane == 0) tma_store_wait<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__ RunParams p) {
@@ -677,246 +671,59 @@ extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__
     __shared__ float pair_sums[DOTS && DUAL ? 5 * CHUNK : 1];
     __shared__ u64 bars[4 * STAGES + 6];
     __shared__ u32 place[2];  // (LOOK_BACK) which block of its launch has begun, and which launch, from 1
-    Shared sh;
-    sh.tiles = (shared_address(raw) + 1023) & ~1023u;
-    sh.snapshots = sh.tiles + STAGES * STAGE;
-    sh.full = shared_address(bars);
-    sh.empty = sh.full + 8 * STAGES;
-    sh.ready = sh.empty + 8 * STAGES;
-    sh.taken = sh.ready + 16;
-    sh.entered = sh.taken + 16;
-    sh.sum_full = sh.entered + 16;
-    sh.sum_empty = sh.sum_full + 8 * STAGES;
-    const int role = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    Block block;
+    block.tiles = (shared_address(raw) + 1023) & ~1023u;
+    block.snapshots = block.tiles + STAGES * STAGE;
+    block.sums = sums;
+    block.pair_sums = pair_sums;
+    block.full = shared_address(bars);
+    block.empty = block.full + 8 * STAGES;
+    block.ready = block.empty + 8 * STAGES;
+    block.taken = block.ready + 16;
+    block.entered = block.taken + 16;
+    block.sum_full = block.entered + 16;
+    block.sum_empty = block.sum_full + 8 * STAGES;
+    block.warp = threadIdx.x / 32 % 4;
+    block.lane = threadIdx.x % 32;
+    block.thread = threadIdx.x % 128;
+    const int role = threadIdx.x / 128;
     if (threadIdx.x == 0) {
         // Blocks wait for those that began before them, in whatever order the GPU starts them.
         const u64 begun = LOOK_BACK ? next_number(p.begun) : 0;
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(sh.full + 8 * i, DECAY ? 1 + WARP_ARRIVALS : 1);
-            barrier_init(sh.empty + 8 * i, 4 * WARP_ARRIVALS + OUTPUT_ARRIVALS);
-            barrier_init(sh.sum_full + 8 * i, DECAY ? 1 + WARP_ARRIVALS : 1);
-            barrier_init(sh.sum_empty + 8 * i, 4 * WARP_ARRIVALS);
+            barrier_init(block.full + 8 * i, DECAY ? 1 + WARP_ARRIVALS : 1);
+            barrier_init(block.empty + 8 * i, 4 * WARP_ARRIVALS + OUTPUT_ARRIVALS);
+            barrier_init(block.sum_full + 8 * i, DECAY ? 1 + WARP_ARRIVALS : 1);
+            barrier_init(block.sum_empty + 8 * i, 4 * WARP_ARRIVALS);
         }
         for (int i = 0; i < 2; ++i) {
-            barrier_init(sh.ready + 8 * i, 128);
-            barrier_init(sh.taken + 8 * i, 4 * WARP_ARRIVALS * OUTPUT_ARRIVALS);
-            barrier_init(sh.entered + 8 * i, 1);
+            barrier_init(block.ready + 8 * i, 128);
+            barrier_init(block.taken + 8 * i, 4 * WARP_ARRIVALS * OUTPUT_ARRIVALS);
+            barrier_init(block.entered + 8 * i, 1);
         }
         fence_barrier_init();
         place[0] = (u32)(begun % gridDim.x);
         place[1] = (u32)(begun / gridDim.x) + 1;
     }
     __syncthreads();
-    const int block = !LOOK_BACK ? blockIdx.x : REVERSE ? gridDim.x - 1 - place[0] : place[0];
-    const u32 turn = LOOK_BACK ? place[1] : 0;
-    const int from = p.first[block], to = p.first[block + 1];
-    // (LOOK_BACK) Whether the first tiles of a block's only segment are still there when it has been summed up, and the stage of
-    // the ring where its sum begins, so that they lie where they belong.
-    const bool kept = LOOK_BACK && to - from == 1 && p.segments[from].flags & p.left;
-    const int sum_stage = kept ? (chunks_of(p.segments[from]) - 1) % STAGES : 0;
+    const int at = !LOOK_BACK ? blockIdx.x : REVERSE ? gridDim.x - 1 - place[0] : place[0];
+    block.from = p.first[at];
+    block.to = p.first[at + 1];
+    block.turn = LOOK_BACK ? place[1] : 0;
+    block.kept = LOOK_BACK && block.to - block.from == 1 && p.segments[block.from].flags & p.left;
+    block.sum_stage = block.kept ? (chunks_of(p.segments[block.from]) - 1) % STAGES : 0;
     if (role == 0) {
         registers_fewer<LOADER_REGISTERS>();
-        if (warp == 0 && lane == 0) {
-            if (LOOK_BACK) {
-                WalkBack w{sum_stage};
-                const u64 policy = evict_last();
-                for (int s = from; s < to; ++s) {
-                    const Segment seg = p.segments[s];
-                    if (!(seg.flags & p.left)) continue;
-                    const int n = chunks_of(seg);
-                    for (int i = n - 1; i >= 0; --i) {
-                        const int token = seg.start + chunk_at(i, n) * CHUNK;
-                        const u32 tile = sh.tiles + w.stage * STAGE, bar = sh.sum_full + 8 * w.stage;
-                        barrier_wait(sh.sum_empty + 8 * w.stage, w.phase ^ 1);
-                        barrier_expect(bar, SUM_STAGE);
-                        load_tile(&p.y, tile + Y_AT, K_BLOCKS, bar, token, seg, policy);
-                        load_tile(&p.z, tile + Z_AT, V_BLOCKS, bar, token, seg, policy);
-                        w.next<STAGES>();
-                    }
-                }
-                for (int i = 0; i < STAGES && !kept; ++i) {
-                    barrier_wait(sh.sum_empty + 8 * w.stage, w.phase ^ 1);
-                    w.next<STAGES>();
-                }
-            }
-            Walk w;
-            for (int s = from; s < to; ++s) {
-                const Segment seg = p.segments[s];
-                const int n = chunks_of(seg);
-                for (int i = 0; i < n; ++i) {
-                    const int token = seg.start + chunk_at(i, n) * CHUNK;
-                    const u32 tile = sh.tiles + w.stage * STAGE, bar = sh.full + 8 * w.stage;
-                    barrier_wait(sh.empty + 8 * w.stage, w.phase ^ 1);
-                    const bool there = kept && i < STAGES;
-                    barrier_expect(bar, there ? LOADED - SUM_STAGE : LOADED);
-                    if (INTRA && !there) {
-                        load_tile(&p.y, tile + Y_AT, K_BLOCKS, bar, token, seg);
-                        load_tile(&p.z, tile + Z_AT, V_BLOCKS, bar, token, seg);
-                    }
-                    load_tile(&p.x, tile, K_BLOCKS, bar, token, seg);
-                    if (DUAL || DOTS) load_tile(&p.x2, tile + X2_AT, V_BLOCKS, bar, token, seg);
-                    w.next<STAGES>();
-                }
-            }
-        } else if (DECAY && warp == 1) {
-            if (LOOK_BACK) {
-                WalkBack w{sum_stage};
-                const auto room = [&] {
-                    barrier_wait(sh.sum_empty + 8 * w.stage, w.phase ^ 1);
-                    return sums + w.stage * CHUNK;
-                };
-                const auto done = [&] {
-                    warp_arrives(sh.sum_full + 8 * w.stage, lane);
-                    w.next<STAGES>();
-                };
-                for (int s = from; s < to; ++s) {
-                    const Segment seg = p.segments[s];
-                    if (!(seg.flags & p.left)) continue;
-                    const int n = chunks_of(seg);
-                    load_decays(p.decay, seg, 0, lane, [&](int i) { return chunk_at(n - 1 - i, n); }, room, done);
-                }
-                for (int i = 0; i < STAGES && !kept; ++i) {
-                    room();
-                    w.next<STAGES>();
-                }
-            }
-            Walk w;
-            const auto room = [&] {
-                barrier_wait(sh.empty + 8 * w.stage, w.phase ^ 1);
-                return sums + w.stage * CHUNK;
-            };
-            const auto done = [&] {
-                warp_arrives(sh.full + 8 * w.stage, lane);
-                w.next<STAGES>();
-            };
-            for (int s = from; s < to; ++s) {
-                const Segment seg = p.segments[s];
-                const int n = chunks_of(seg), there = kept ? min(STAGES, n) : 0;
-                for (int i = 0; i < there; ++i) done();
-                load_decays(p.decay, seg, there, lane, [&](int i) { return chunk_at(i, n); }, room, done);
-            }
-        }
+        if (block.warp == 0 && block.lane == 0)
+            load_tiles(p, block);
+        else if (DECAY && block.warp == 1)
+            load_decays(p, block);
     } else if (role == 1) {
         registers_more<STATE_REGISTERS>();
-        const int thread = threadIdx.x - 128;
-        if (LOOK_BACK) {
-            WalkBack w{sum_stage};
-            for (int s = from; s < to; ++s) {
-                const Segment seg = p.segments[s];
-                if (!(seg.flags & p.left)) continue;
-                RunState sum;
-                sum.each_pair(warp, lane, [](int, int, float& a, float& b) { a = b = 0.f; });
-                const int n = chunks_of(seg);
-                float total = 0.f;
-                for (int i = n - 1; i >= 0; --i) {
-                    const int token = seg.start + chunk_at(i, n) * CHUNK;
-                    const u32 tile = sh.tiles + w.stage * STAGE;
-                    barrier_wait(sh.sum_full + 8 * w.stage, w.phase);
-                    const ChunkDecay decay{sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
-                    sum.update<true>(tile + Y_AT, tile + Z_AT, decay, total, warp, lane);
-                    total += decay.total();
-                    warp_arrives(sh.sum_empty + 8 * w.stage, lane);
-                    w.next<STAGES>();
-                }
-                sum.scale(p.sum_scale);
-                sum.write_pieces(p.sums + (long long)seg.slot * K_BLOCKS * (RunState::PIECE / 4), thread);
-                if (DECAY && thread == 0) p.decays[seg.slot] = total;
-                fence_async_global();
-                warpgroup_sync(1);
-                if (thread == 0) tell(p.flags + seg.slot, turn);
-            }
-        }
-        Walk w;
-        int count = 0;
-        u32 entered = 0;
-        for (int s = from; s < to; ++s) {
-            const Segment seg = p.segments[s];
-            RunState state;
-            state.each_pair(warp, lane, [](int, int, float& a, float& b) { a = b = 0.f; });
-            if (seg.flags & p.entered) {
-                // By way of the snapshots, once the outputs' warpgroups are done with them.
-                barrier_wait(sh.taken + 8 * (count & 1), (count / 2 & 1) ^ 1);
-                barrier_wait(sh.taken + 8 * (~count & 1), ((count + 1) / 2 & 1) ^ 1);
-            }
-            if (LOOK_BACK) {
-                if (seg.flags & p.entered) take_over(p, sh, state, seg, turn, entered, thread);
-                if (seg.slot >= 0) state.write(p.entries + (long long)seg.slot * p.rows * p.columns, p.rows, p.columns, warp, lane);
-                state.scale(p.entry_scale);
-            } else if (seg.flags & p.entered) {
-                if (thread == 0) {
-                    const u32 bytes = 4 * p.rows * p.columns;
-                    barrier_expect(sh.entered, bytes);
-                    bulk_load(sh.snapshots, p.entries + (long long)seg.slot * p.rows * p.columns, sh.entered, bytes);
-                }
-                barrier_wait(sh.entered, entered);
-                entered ^= 1;
-                const float* entry = reinterpret_cast<const float*>(raw + (sh.snapshots - shared_address(raw)));
-                state.each_pair(warp, lane, [&](int row, int column, float& a, float& b) {
-                    if (row < p.rows && column < p.columns) {
-                        const float* at = entry + row * p.entry_row + column * p.entry_column;
-                        a = at[0] * p.entry_scale;
-                        b = at[p.entry_column] * p.entry_scale;
-                    }
-                });
-                warpgroup_sync(1);
-            }
-            const int n = chunks_of(seg);
-            for (int i = 0; i < n; ++i, ++count) {
-                const int token = seg.start + chunk_at(i, n) * CHUNK, slot = count & 1;
-                barrier_wait(sh.taken + 8 * slot, (count / 2 & 1) ^ 1);
-                state.publish(sh.snapshots + slot * SNAPSHOT, warp, lane);
-                fence_async();
-                barrier_arrive(sh.ready + 8 * slot);
-                const u32 tile = sh.tiles + w.stage * STAGE;
-                barrier_wait(sh.full + 8 * w.stage, w.phase);
-                const ChunkDecay decay{sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
-                if (!INTRA)
-                    state.scale(exp2_fast(decay.total()));
-                else if (i + 1 < n)
-                    state.update<false>(tile + Y_AT, tile + Z_AT, decay, 0.f, warp, lane);
-                warp_arrives(sh.empty + 8 * w.stage, lane);
-                w.next<STAGES>();
-            }
-        }
+        keep_state(p, block, reinterpret_cast<const float*>(raw + (block.snapshots - shared_address(raw))));
     } else {
         registers_more<OUTPUT_REGISTERS>();
-        const int mine = role - 2;
-        Walk w;
-        int count = 0;
-        for (int s = from; s < to; ++s) {
-            const Segment seg = p.segments[s];
-            const int n = chunks_of(seg);
-            for (int i = 0; i < n; ++i, ++count) {
-                const int slot = count & 1, stage = w.stage;
-                const u32 phase = w.phase;
-                w.next<STAGES>();
-                if (!DUAL && slot != mine) continue;
-                const int token = seg.start + chunk_at(i, n) * CHUNK;
-                const u32 tile = sh.tiles + stage * STAGE;
-                barrier_wait(sh.full + 8 * stage, phase);
-                if (kept && i < STAGES) barrier_wait(sh.sum_full + 8 * stage, (n - 1 - i) / STAGES & 1);
-                const Work work{
-                    seg,
-                    {sums + stage * CHUNK, min(CHUNK, seg.end - token)},
-                    token,
-                    sh.snapshots + slot * SNAPSHOT,
-                    sh.tiles + EXCHANGE_AT,
-                    pair_sums,
-                    sh.ready + 8 * slot,
-                    (u32)count / 2 & 1,
-                    sh.taken + 8 * slot,
-                    sh.empty + 8 * stage,
-                };
-                if (!DUAL || mine == 0)
-                    outputs<K_BLOCKS, V_BLOCKS, false>(p, work, tile, tile + Y_AT, tile + Z_AT, tile + X2_AT, &p.out_map,
-                                                       p.out, p.out_columns, p.accumulate & 1, warp, lane, 2 + mine);
-                else
-                    outputs<V_BLOCKS, K_BLOCKS, true>(p, work, tile + X2_AT, tile + Z_AT, tile + Y_AT, tile,
-                                                      &p.out2_map, p.out2, p.out2_columns, p.accumulate & 2, warp, lane,
-                                                      2 + mine);
-            }
-        }
-        if (warp == 0 && lane == 0) tma_store_wait<0>();
+        make_outputs(p, block, role - 2);
     }
 }
 

@@ -31,9 +31,13 @@ struct Options {
     dim: i64,
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
+    /// After the L2 cache was overwritten, read something else into it: then no run has to write back what it finds there.
+    #[arg(long)]
+    clean: bool,
 }
 
 const DEVICE: Device = Device::Cuda(0);
+/// Bytes, more than any L2 cache has.
 const CACHE: i64 = 256 << 20;
 /// So often the cache is overwritten before each run: the GPU is at it for 2 ms, in which the host launches all of the run, so that no
 /// time of the host is in a figure. As in `peers/linear_attention.py`.
@@ -161,11 +165,13 @@ struct Clock {
     watch: Stopwatch,
     cache: Tensor,
     runs: u32,
+    clean: bool,
 }
 
 impl Clock {
-    fn new(runs: u32) -> Result<Self> {
-        Ok(Self { watch: Stopwatch::new(DEVICE)?, cache: Tensor::f_zeros([CACHE], (Kind::Uint8, DEVICE))?, runs })
+    fn new(o: &Options) -> Result<Self> {
+        let cache = Tensor::f_zeros([CACHE / 4], (Kind::Float, DEVICE))?;
+        Ok(Self { watch: Stopwatch::new(DEVICE)?, cache, runs: o.runs, clean: o.clean })
     }
 
     fn time(&mut self, body: impl Fn() -> Result<()>) -> Result<Timing> {
@@ -173,6 +179,9 @@ impl Clock {
         for run in 0..self.runs + 3 {
             for _ in 0..OVERWRITTEN {
                 let _ = self.cache.zero_();
+            }
+            if self.clean {
+                let _sum = self.cache.f_sum(Kind::Float)?;
             }
             let ms = self.watch.time::<anyhow::Error>(&body)?;
             if run >= 3 {
@@ -202,7 +211,7 @@ fn main() -> Result<()> {
     kernels::bridge::open_cuda().context("not measured: no CUDA device")?;
     ensure!(tch::Cuda::is_available(), "not measured: no CUDA device");
     let _guard = tch::no_grad_guard();
-    let mut clock = Clock::new(o.runs)?;
+    let mut clock = Clock::new(&o)?;
     let rate = clock.memory_rate()?;
     for decay in &o.decays {
         check(&o, decay)?;
@@ -218,6 +227,7 @@ fn main() -> Result<()> {
             let share = |bytes: f64, ms: f64| bytes / rate * 1e3 / ms;
             let line = json!({
                 "decay": decay, "tokens": tokens, "documents": o.documents, "heads": o.heads, "dim": o.dim, "runs": o.runs,
+                "clean": o.clean,
                 "forward_ms": forward.median_ms, "both_ms": both.median_ms,
                 "forward": forward.json(), "both": both.json(),
                 "forward_of_floor": share(forward_bytes, forward.median_ms), "both_of_floor": share(both_bytes, both.median_ms),

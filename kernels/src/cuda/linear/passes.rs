@@ -15,6 +15,7 @@ pub const LINEAR: Program = Program {
     headers: &[
         NUMBERS,
         SEGMENTS,
+        ("chunks.cuh", include_str!("../../../cuda/chunks.cuh")),
         ("hopper.cuh", include_str!("../../../cuda/hopper.cuh")),
         ("wgmma.cuh", include_str!("../../../cuda/wgmma.cuh")),
     ],
