@@ -96,6 +96,13 @@ impl Group {
         self.lanes.as_ref().map(|lanes| lanes.peer_copies()).unwrap_or_default()
     }
 
+    /// Makes ready what collectives on GPUs and messages to and from `peers` travel by, and waits until it is there; without GPUs there
+    /// is nothing to do. Collective: a rank names all that name it. Nothing may be under way on the GPUs: whoever makes a communicator
+    /// may wait for that, and that for ranks which wait for the communicator. Else each is made when it is first used.
+    pub fn connect(&self, peers: &[usize]) -> Result<()> {
+        self.lanes.as_ref().map_or(Ok(()), |lanes| lanes.connect(peers))
+    }
+
     /// This rank's flight recorder, shared by all its groups.
     pub fn recorder(&self) -> &Recorder {
         &self.line.recorder

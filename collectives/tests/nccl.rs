@@ -18,7 +18,7 @@ use std::{
     path::PathBuf,
     process::{self, Command, ExitCode},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tch::{Cuda, Device};
 
@@ -31,9 +31,12 @@ const TESTS: &[Test] = &[
     Test { name: "beside_the_work_on_4_ranks", ranks: 4, told: &["beside"] },
     Test { name: "peer_copies_on_2_ranks", ranks: 2, told: &["copies"] },
     Test { name: "peer_copies_on_4_ranks", ranks: 4, told: &["copies"] },
+    Test { name: "neighbours_are_connected_on_2_ranks", ranks: 2, told: &["connect"] },
+    Test { name: "neighbours_are_connected_on_4_ranks", ranks: 4, told: &["connect"] },
     Test { name: "communication_runs_beside_computation", ranks: 1, told: &["overlap"] },
     Test { name: "disagreement_ends_the_job", ranks: 2, told: &["mismatch"] },
     Test { name: "a_rank_that_never_comes_ends_the_job", ranks: 2, told: &["absent"] },
+    Test { name: "a_rank_that_does_not_connect_ends_the_job", ranks: 2, told: &["alone"] },
 ];
 
 /// Cases in which ranks disagree, and the group works on.
@@ -82,6 +85,9 @@ fn run(test: &Test) -> Result<(), String> {
     let expected: &[&str] = match test.told[0] {
         "mismatch" => &["all_gather #1 on group world", "shapes differ: rank 0 [2, 3] f32, rank 1 [2, 4] f32"],
         "absent" => &["rank 0: all_gather #1 on group world, 24 bytes, on the GPU: it has not ended within 2 s"],
+        "alone" => {
+            &["rank 0: connect #0 on group world", "not all of its ranks have come to make a communicator within 2 s"]
+        }
         _ if end.succeeded => {
             end.output
                 .lines()
@@ -135,7 +141,7 @@ fn on_rank(args: &[String]) -> Result<()> {
             options.peer_copies = nccl::PeerCopies::Never;
         }
         Some("copies") => options.peer_copies = nccl::PeerCopies::Always,
-        Some("absent") => (options.check, options.timeout) = (nccl::Check::Never, Duration::from_secs(2)),
+        Some("absent" | "alone") => (options.check, options.timeout) = (nccl::Check::Never, Duration::from_secs(2)),
         _ => {}
     }
     let started = now_ms();
@@ -148,11 +154,17 @@ fn on_rank(args: &[String]) -> Result<()> {
         Some("beside") => suite(&world, |name| !DISAGREEING.contains(&name)),
         Some("copies") => copies(&world),
         Some("overlap") => overlap(&world),
+        Some("connect") => connect(&world),
+        Some("alone") => alone(&world),
         _ => disagree(&world, told),
     }?;
     if env::var_os("LASP_TIMES").is_some() && rank == 0 {
         println!("{size} ranks, {told:?}: {} ms", now_ms() - started);
     }
+    let ending = Instant::now();
+    drop(world);
+    // Ranks that end their communicators one by one, each in an order of its own, wait for each other until they give up.
+    ensure!(ending.elapsed() < Duration::from_secs(8), "communicators took {:?} to end", ending.elapsed());
     Ok(())
 }
 
@@ -195,6 +207,39 @@ fn copies(world: &Group) -> Result<()> {
         common::assert_same(&gathered.wait()?, &expected);
     }
     Ok(())
+}
+
+/// Messages both ways around, by communicators that are there before; and as many again to where there are none yet.
+fn connect(world: &Group) -> Result<()> {
+    let (rank, w) = (world.rank(), world.size());
+    let [next, last] = [1, w - 1].map(|step| (rank + step) % w);
+    world.connect(&[next, last])?;
+    world.connect(&[next, last])?;
+    for step in 1..w {
+        for round in 0..4i64 {
+            let of = |rank: usize| common::numbers(rank, &[1000 + round], Kind::Float);
+            let [to, from] = [step, w - step].map(|step| (rank + step) % w);
+            let sent = world.send(&of(rank), to)?;
+            let back = world.send(&(of(rank) + 1), from)?;
+            let there = world.recv(&[1000 + round], Kind::Float, from)?;
+            let returned = world.recv(&[1000 + round], Kind::Float, to)?;
+            common::assert_same(&there.wait()?, &of(from));
+            common::assert_same(&returned.wait()?, &(of(to) + 1));
+            sent.wait()?;
+            back.wait()?;
+        }
+    }
+    world.recorder().settle();
+    Ok(())
+}
+
+fn alone(world: &Group) -> Result<()> {
+    if world.rank() == 0 {
+        world.connect(&[1])?;
+        bail!("rank 0 connected with nobody");
+    }
+    std::thread::sleep(Duration::from_secs(20));
+    bail!("rank 0 went on");
 }
 
 /// A gather issued before a long computation ends inside it, and waiting for it then costs next to nothing.

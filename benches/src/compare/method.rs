@@ -131,6 +131,7 @@ impl Entrant {
             Mixer::Linear => (method.name.as_str(), options.config.parallel.softmax_method.as_str()),
             Mixer::Softmax => (options.config.parallel.linear_method.as_str(), method.name.as_str()),
         };
+        method::connect(group, linear, softmax)?;
         let linear = method::linear(linear, group)?;
         let attention = method::attention(softmax)?;
         let refused = match options.mixer {

@@ -15,6 +15,7 @@ use std::{
     sync::{
         Arc, Condvar, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     thread,
     time::{Duration, Instant},
@@ -23,8 +24,13 @@ use tch::Tensor;
 
 const POLL: Duration = Duration::from_millis(1);
 const IDLE: Duration = Duration::from_millis(100);
+/// For communicators to be freed, in which other ranks have a part.
+const GRACE: Duration = Duration::from_secs(10);
 /// Times are floats of milliseconds since an event; this old, they are still exact to a microsecond.
 const ANCHORED: Duration = Duration::from_secs(5);
+
+/// With how long was waited.
+pub(super) const NOT_MADE: &str = "not all of its ranks have come to make a communicator";
 
 /// An operation, for the recorder and for messages.
 #[derive(Clone)]
@@ -131,6 +137,8 @@ pub(crate) struct Gpu {
     changed: Condvar,
     failed: OnceLock<Failure>,
     side: OnceLock<Stream>,
+    /// Of communicators that are being freed.
+    ending: Mutex<Vec<mpsc::Receiver<()>>>,
 }
 
 /// What the watchdog looks after.
@@ -179,6 +187,7 @@ impl Gpu {
             changed: Condvar::new(),
             failed: OnceLock::new(),
             side: OnceLock::new(),
+            ending: Mutex::default(),
         });
         let watched = Arc::downgrade(&gpu);
         let named = thread::Builder::new().name(format!("rank {rank} gpu"));
@@ -199,6 +208,19 @@ impl Gpu {
         let mut lanes = lock(&self.lanes);
         lanes.retain(|lane| lane.strong_count() > 0);
         lanes.push(Arc::downgrade(lane));
+    }
+
+    /// `ended` tells when a communicator has been freed.
+    pub(super) fn watch_end(&self, ended: mpsc::Receiver<()>) {
+        lock(&self.ending).push(ended);
+    }
+
+    /// Waits for the communicators that are being freed, for a while.
+    pub(super) fn until_ended(&self) {
+        let until = Instant::now() + GRACE;
+        for ended in mem::take(&mut *lock(&self.ending)) {
+            let _ = ended.recv_timeout(until.saturating_duration_since(Instant::now()));
+        }
     }
 
     pub(super) fn watch_flight(&self, flight: Arc<Flight>) {
@@ -383,9 +405,7 @@ impl Gpu {
         let late = |what: &str| Err(self.error(&flight.about, format!("{what} within {} s", waited.as_secs())));
         let mut stage = lock(&flight.stage);
         let (ok, times) = match &mut *stage {
-            Stage::Queued if flight.issued.elapsed() > waited => {
-                return late("not all of its ranks have come to make a communicator");
-            }
+            Stage::Queued if flight.issued.elapsed() > waited => return late(NOT_MADE),
             Stage::Queued => return Ok(false),
             Stage::Failed(_) => (false, None),
             Stage::Launched { begun, done, seen } => match clock.times(begun, done)? {

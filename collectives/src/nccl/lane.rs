@@ -7,7 +7,7 @@
 use super::{
     api::{Buffers, Comm},
     cuda::Stream,
-    gpu::{Flight, Gpu},
+    gpu::{About, Flight, Gpu, NOT_MADE},
     peers::{CopiesFound, Peers},
 };
 use crate::{
@@ -19,12 +19,12 @@ use std::{
     collections::VecDeque,
     sync::{Arc, Mutex, OnceLock, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tch::{Device, Tensor};
 
-/// For a communicator to be freed, in which other ranks may have a part.
-const GRACE: Duration = Duration::from_secs(10);
+/// How often is asked whether a communicator is made.
+const POLL: Duration = Duration::from_millis(1);
 
 pub(super) type Make = Box<dyn FnOnce() -> Result<Comm> + Send>;
 
@@ -48,6 +48,8 @@ struct Made {
 
 struct State {
     make: Option<Make>,
+    /// Who wants it to be made, if no operation does.
+    wanted: Option<About>,
     queue: VecDeque<Item>,
     /// The lane's thread runs.
     working: bool,
@@ -69,7 +71,7 @@ pub(super) struct Item {
 impl Lane {
     pub(super) fn new(gpu: &Arc<Gpu>, ranks: usize, all: Option<usize>, make: Make) -> Result<Arc<Lane>> {
         let stream = gpu.context.stream()?;
-        let state = Mutex::new(State { make: Some(make), queue: VecDeque::new(), working: false });
+        let state = Mutex::new(State { make: Some(make), wanted: None, queue: VecDeque::new(), working: false });
         let lane = Arc::new(Lane { gpu: gpu.clone(), ranks, stream, made: OnceLock::new(), all, state });
         gpu.watch_lane(&lane);
         Ok(lane)
@@ -84,13 +86,42 @@ impl Lane {
             return Ok(());
         }
         state.queue.push_back(item);
-        if !state.working {
-            state.working = true;
-            let (lane, rank) = (self.clone(), self.gpu.rank);
-            let named = thread::Builder::new().name(format!("rank {rank} lane"));
-            named.spawn(move || lane.work()).map_err(|source| Error::Spawn { rank, source })?;
+        self.start(&mut state)
+    }
+
+    /// Makes the communicator, on the lane's thread.
+    pub(super) fn begin(self: &Arc<Lane>, about: &About) -> Result<()> {
+        let mut state = lock(&self.state);
+        if state.make.is_none() {
+            return Ok(());
+        }
+        state.wanted = Some(about.clone());
+        self.start(&mut state)
+    }
+
+    /// Blocks until the communicator is made.
+    pub(super) fn until_made(&self, about: &About) -> Result<()> {
+        let (began, waited) = (Instant::now(), self.gpu.options.timeout);
+        while self.made.get().is_none() {
+            if let Some(error) = self.gpu.failure() {
+                return Err(error);
+            }
+            if began.elapsed() > waited {
+                return Err(self.gpu.error(about, format!("{NOT_MADE} within {} s", waited.as_secs())));
+            }
+            thread::sleep(POLL);
         }
         Ok(())
+    }
+
+    fn start(self: &Arc<Lane>, state: &mut State) -> Result<()> {
+        if state.working {
+            return Ok(());
+        }
+        state.working = true;
+        let (lane, rank) = (self.clone(), self.gpu.rank);
+        let named = thread::Builder::new().name(format!("rank {rank} lane"));
+        named.spawn(move || lane.work()).map(drop).map_err(|source| Error::Spawn { rank, source })
     }
 
     fn work(self: Arc<Lane>) {
@@ -108,8 +139,11 @@ impl Lane {
             match made {
                 Ok(made) => drop(self.made.set(made)),
                 Err(error) => {
-                    let first = lock(&self.state).queue.front().map(|item| item.flight.about.clone());
-                    if let Some(about) = first {
+                    let mut state = lock(&self.state);
+                    let first = state.queue.front().map(|item| item.flight.about.clone());
+                    let about = first.or_else(|| state.wanted.take());
+                    drop(state);
+                    if let Some(about) = about {
                         self.gpu.fail(&about, error);
                     }
                 }
@@ -216,7 +250,7 @@ impl Drop for Lane {
             let _ = ended.send(());
         };
         if thread::Builder::new().spawn(free).is_ok() {
-            let _ = has_ended.recv_timeout(GRACE);
+            self.gpu.watch_end(has_ended);
         }
     }
 }

@@ -10,6 +10,8 @@
 //!   allocator may use them again.
 //! - **Order.** All collectives of a group follow each other on its stream. Messages from one rank to another have a communicator
 //!   and a stream of their own, made at the first one: so a send waits for nobody, whatever the order of sends and receives.
+//!   Making one while others' operations are under way can end in ranks that wait for each other, as the CUDA driver may make its
+//!   caller wait for the GPU: [`Group::connect`] makes them before.
 //!   Where kernels of several groups would fill a GPU, NCCL_LAUNCH_ORDER_IMPLICIT=1 keeps their order the same on all ranks.
 //! - **Short gathers** among processes of one machine go by the copy engines where that is quicker: [`PeerCopies`].
 //! - **Reductions** are NCCL's: in an order that depends on the number of ranks, the size and the machine, but not on the
@@ -43,7 +45,7 @@ use cuda::Context;
 use gpu::{About, Flight};
 use lane::{Item, Lane};
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -338,6 +340,26 @@ impl Lanes {
         }))
     }
 
+    /// See [`Group::connect`].
+    pub(crate) fn connect(&self, peers: &[usize]) -> Result<()> {
+        if self.host.size() == 1 {
+            return Ok(());
+        }
+        let mut state = lock(&self.state);
+        let others: BTreeSet<usize> = peers.iter().copied().filter(|&peer| peer != self.host.rank()).collect();
+        let messages = others.into_iter().flat_map(|peer| [Op::Send { to: peer }, Op::Recv { from: peer }]);
+        // All at once: peers may come to them in another order.
+        let lanes: Vec<_> = std::iter::once(Op::AllGather)
+            .chain(messages)
+            .map(|op| self.lane(&mut state, op))
+            .collect::<Result<_>>()?;
+        drop(state);
+        let group = self.host.shared_name();
+        let about = About { op: "connect", number: 0, group, bytes: (0, 0), seq: u64::MAX };
+        lanes.iter().try_for_each(|lane| lane.begin(&about))?;
+        lanes.iter().try_for_each(|lane| lane.until_made(&about))
+    }
+
     pub(crate) fn device(&self) -> Device {
         Device::Cuda(self.gpu.context.index)
     }
@@ -440,6 +462,14 @@ impl Lanes {
             Comm::new(library, words, rank, size)
         };
         Ok(place.insert(Lane::new(gpu, host.size(), all, Box::new(make))?).clone())
+    }
+}
+
+/// All communicators of a group at once, as other ranks end theirs in another order, and each end waits for all of its ranks.
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        drop(std::mem::take(&mut *lock(&self.state)));
+        self.gpu.until_ended();
     }
 }
 

@@ -55,6 +55,16 @@ pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
     }
 }
 
+/// Makes ready what layers under these two methods send by, as [`Group::connect`] says. Collective, before anything is under way.
+pub fn connect(group: &Group, linear: &str, softmax: &str) -> Result<()> {
+    let to_neighbours = matches!(choose(linear), Ok(Choice::Lasp1(_) | Choice::AllScan(_) | Choice::Truncated(_)))
+        || linear == "ring_left_product"
+        || softmax == "ring";
+    let (rank, size) = (group.rank(), group.size());
+    let neighbours = [(rank + 1) % size, (rank + size - 1) % size];
+    Ok(group.connect(if to_neighbours { &neighbours } else { &[] })?)
+}
+
 /// What the plan's rank moves for one linear layer under the method that `found` names. No group is needed.
 pub fn linear_traffic(found: &str, plan: &Plan, layer: &LayerSizes, decay: DecayForm) -> Result<Traffic> {
     linear_traffic_within(found, plan, layer, decay, None)

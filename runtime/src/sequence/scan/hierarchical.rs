@@ -27,7 +27,11 @@ impl Hierarchical {
     /// Collective over `group`, on which alone the scan may then run.
     pub fn new(group: &Group, node_size: usize) -> Result<Self> {
         let node_size = node_size.clamp(1, group.size());
-        Ok(Self { node: group.split("node", group.rank() / node_size, group.rank())?, node_size })
+        let node = group.split("node", group.rank() / node_size, group.rank())?;
+        node.connect(&[])?;
+        // Ranks with the same place carry the same slice, but for a smaller last node's.
+        group.connect(&(group.rank() % node_size..group.size()).step_by(node_size).collect::<Vec<_>>())?;
+        Ok(Self { node, node_size })
     }
 }
 
