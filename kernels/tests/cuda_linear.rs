@@ -159,7 +159,21 @@ fn looking_back_changes_no_bit() {
                 all.extend(grads.dlog_decay);
                 all
             };
+            // A state may come that nobody has announced.
+            let late = || {
+                let piece = |&tokens: &i64| Piece { tokens, enters: true, leaves: false };
+                let (pieces, nothing) = (
+                    documents.iter().map(piece).collect::<Vec<_>>(),
+                    documents.iter().map(|_| None).collect::<Vec<_>>(),
+                );
+                poison(device);
+                let mut segment = mixer().forward_pieces(&x, &pieces, &nothing).unwrap();
+                segment.run().unwrap();
+                segment.add_entry(0, &case.state(6, device).zeros_like()).unwrap();
+                segment.finish().unwrap()
+            };
             let apart = run(true);
+            assert!(late().equal(&apart[apart.len() - 4 - usize::from(decay != "none")]), "{decay}, {case:?}, late");
             for again in 0..3 {
                 let together = if slow(device) { in_order(again, || run(false)) } else { run(false) };
                 assert_eq!(together.len(), apart.len());

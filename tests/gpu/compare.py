@@ -1,11 +1,11 @@
-"""Whether the rows of `lasp compare` are as they must be; with --allows, whether so many ranks can have GPUs here."""
+"""Whether the rows of `lasp compare` are as they must be. With --allows whether so many ranks can have GPUs here, with --apart whether
+each has its own; both by what `lasp doctor --json` says on standard input."""
 
 import json
 import sys
 
 
 def allows(ranks: int, device: str) -> bool:
-    """What `lasp doctor --json` says on standard input."""
     found = json.load(sys.stdin)
     gpus = found["gpus"]["detail"]["count"]
     version = found["nccl"]["detail"]["version"]
@@ -41,6 +41,11 @@ def check(path: str, device: str, ranks: int) -> None:
     print(f"{modes}: {len(rows)} rows, {', '.join(dict.fromkeys(row['method'] for row in rows))}")
 
 
-if sys.argv[1] == "--allows":
-    sys.exit(not allows(int(sys.argv[2]), sys.argv[3]))
+def apart(ranks: int, device: str) -> bool:
+    return device == "cpu" or ranks <= json.load(sys.stdin)["gpus"]["detail"]["count"]
+
+
+if sys.argv[1] in ("--allows", "--apart"):
+    asked = {"--allows": allows, "--apart": apart}[sys.argv[1]]
+    sys.exit(not asked(int(sys.argv[2]), sys.argv[3]))
 check(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -109,13 +109,12 @@ training() {
 # Every method in every mode, at lengths of which one is odd: a row has figures only where parity and bytes are right. Ranks that
 # take turns on a GPU wait for each other's turns in every message: they have one length and one round.
 compare() {
-  local out=$LOGS/compare device=${LASP_DEVICE:-cuda} failed=0 found gpus
+  local out=$LOGS/compare device=${LASP_DEVICE:-cuda} failed=0 found
   found=$("$P/lasp" doctor --json) || return 1
-  gpus=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["gpus"]["detail"]["count"])' <<< "$found") || return 1
   rm -rf "$out" && mkdir -p "$out"
   go() { # ranks mode mixer
     local name=$1-$2-$3 start=() work=(--seq-lens 1021,4096 --rounds 5)
-    [ "$1" -le "$gpus" ] || [ "$device" = cpu ] || work=(--seq-lens 1021 --rounds 1)
+    python3 tests/gpu/compare.py --apart "$1" "$device" <<< "$found" || work=(--seq-lens 1021 --rounds 1)
     [ "$1" = 1 ] || start=(mpirun --oversubscribe --bind-to none -n "$1")
     LASP_LOG=debug "${start[@]}" "$P/lasp" compare --device "$device" --ranks "$1" --mode "$2" --mixer "$3" "${work[@]}" \
       --heads 4 --kv-heads 4 --dim 64 --out "$out/$name" < /dev/null > "$out/$name.log" 2>&1 &&

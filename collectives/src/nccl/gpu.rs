@@ -20,7 +20,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 const POLL: Duration = Duration::from_millis(1);
 const IDLE: Duration = Duration::from_millis(100);
@@ -137,6 +137,8 @@ pub(crate) struct Gpu {
     changed: Condvar,
     failed: OnceLock<Failure>,
     side: OnceLock<Stream>,
+    /// A number that anybody may overwrite, in memory that is never anything else's.
+    scratch: Mutex<Tensor>,
     /// Of communicators that are being freed.
     ending: Mutex<Vec<mpsc::Receiver<()>>>,
 }
@@ -176,6 +178,7 @@ impl Gpu {
         recorder: Recorder,
     ) -> Result<Arc<Gpu>> {
         let clock = Clock::new(&context, &recorder)?;
+        let scratch = Tensor::f_zeros([1], (Kind::Float, Device::Cuda(context.index)))?;
         let gpu = Arc::new(Gpu {
             rank,
             context,
@@ -187,6 +190,7 @@ impl Gpu {
             changed: Condvar::new(),
             failed: OnceLock::new(),
             side: OnceLock::new(),
+            scratch: Mutex::new(scratch),
             ending: Mutex::default(),
         });
         let watched = Arc::downgrade(&gpu);
@@ -208,6 +212,10 @@ impl Gpu {
         let mut lanes = lock(&self.lanes);
         lanes.retain(|lane| lane.strong_count() > 0);
         lanes.push(Arc::downgrade(lane));
+    }
+
+    pub(super) fn scratch(&self) -> Tensor {
+        lock(&self.scratch).shallow_clone()
     }
 
     /// `ended` tells when a communicator has been freed.

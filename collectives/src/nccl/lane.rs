@@ -34,9 +34,18 @@ pub(super) struct Lane {
     ranks: usize,
     stream: Stream,
     made: OnceLock<Made>,
-    /// For collectives: this rank's place in the group.
-    all: Option<usize>,
+    part: Part,
     state: Mutex<State>,
+}
+
+/// What a lane is to this rank.
+#[derive(Clone, Copy)]
+pub(super) enum Part {
+    /// Of the collectives of a group, its place there.
+    Collectives(usize),
+    /// Of the messages from one rank to another, which are ranks 0 and 1 of the communicator.
+    Sender,
+    Receiver,
 }
 
 /// A communicator, and its way for short gathers.
@@ -69,10 +78,10 @@ pub(super) struct Item {
 }
 
 impl Lane {
-    pub(super) fn new(gpu: &Arc<Gpu>, ranks: usize, all: Option<usize>, make: Make) -> Result<Arc<Lane>> {
+    pub(super) fn new(gpu: &Arc<Gpu>, ranks: usize, part: Part, make: Make) -> Result<Arc<Lane>> {
         let stream = gpu.context.stream()?;
         let state = Mutex::new(State { make: Some(make), wanted: None, queue: VecDeque::new(), working: false });
-        let lane = Arc::new(Lane { gpu: gpu.clone(), ranks, stream, made: OnceLock::new(), all, state });
+        let lane = Arc::new(Lane { gpu: gpu.clone(), ranks, stream, made: OnceLock::new(), part, state });
         gpu.watch_lane(&lane);
         Ok(lane)
     }
@@ -130,11 +139,14 @@ impl Lane {
         if let Some(make) = make {
             let made = self.gpu.context.enter().and_then(|_entered| {
                 let comm = make()?;
-                let (peers, found) = self.all.map_or(Ok((None, CopiesFound::default())), |rank| {
+                if let Part::Collectives(rank) = self.part {
                     let wanted = self.gpu.options.peer_copies;
-                    Peers::connect(&self.gpu.context, &comm, &self.stream, (rank, self.ranks), wanted)
-                })?;
-                Ok(Made { comm, peers, found })
+                    let (peers, found) =
+                        Peers::connect(&self.gpu.context, &comm, &self.stream, (rank, self.ranks), wanted)?;
+                    return Ok(Made { comm, peers, found });
+                }
+                self.greet(&comm)?;
+                Ok(Made { comm, peers: None, found: CopiesFound::default() })
             });
             match made {
                 Ok(made) => drop(self.made.set(made)),
@@ -213,6 +225,17 @@ impl Lane {
                 flight.fail(None);
             }
         }
+    }
+
+    /// A first message, of which nobody wants the content. NCCL's first send on a communicator waits for the other rank's first
+    /// receive: here, on the lane's own thread, and not where a rank has to go on to what the other one waits for.
+    fn greet(&self, comm: &Comm) -> Result<()> {
+        let x = self.gpu.scratch();
+        match self.part {
+            Part::Receiver => comm.recv(&x, 0, 1, 0, &self.stream)?,
+            _ => comm.send(&x, 0, 1, 1, &self.stream)?,
+        }
+        self.stream.record()?.synchronize()
     }
 
     fn throw_away(&self, comm: &Comm, sent: &Call) -> Result<()> {

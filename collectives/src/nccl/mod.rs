@@ -11,7 +11,8 @@
 //! - **Order.** All collectives of a group follow each other on its stream. Messages from one rank to another have a communicator
 //!   and a stream of their own, made at the first one: so a send waits for nobody, whatever the order of sends and receives.
 //!   Making one while others' operations are under way can end in ranks that wait for each other, as the CUDA driver may make its
-//!   caller wait for the GPU: [`Group::connect`] makes them before.
+//!   caller wait for the GPU: [`Group::connect`] makes them before. Its first message is one that nobody wants: NCCL connects two ranks
+//!   then, for which each waits for the other.
 //!   Where kernels of several groups would fill a GPU, NCCL_LAUNCH_ORDER_IMPLICIT=1 keeps their order the same on all ranks.
 //! - **Short gathers** among processes of one machine go by the copy engines where that is quicker: [`PeerCopies`].
 //! - **Reductions** are NCCL's: in an order that depends on the number of ranks, the size and the machine, but not on the
@@ -43,7 +44,7 @@ use crate::{
 use api::{Comm, ID_WORDS};
 use cuda::Context;
 use gpu::{About, Flight};
-use lane::{Item, Lane};
+use lane::{Item, Lane, Part};
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex},
@@ -442,18 +443,16 @@ impl Lanes {
         let library = gpu.library;
         let empty = || Ok::<_, Error>(Tensor::f_from_slice(&[0i64; ID_WORDS])?);
         let new_id = || Ok::<_, Error>(Tensor::f_from_slice(&library.unique_id()?)?);
-        let mut all = None;
-        let (id, rank, size) = match op {
+        let (part, id, rank, size) = match op {
             Op::Send { to } => {
                 let id = new_id()?;
                 drop(host.send(&id, to)?);
-                (Pending::ready(id), 0, 2)
+                (Part::Sender, Pending::ready(id), 0, 2)
             }
-            Op::Recv { from } => (host.recv(&[ID_WORDS as i64], Kind::Int64, from)?, 1, 2),
+            Op::Recv { from } => (Part::Receiver, host.recv(&[ID_WORDS as i64], Kind::Int64, from)?, 1, 2),
             _ => {
-                all = Some(host.rank());
                 let id = if host.rank() == 0 { new_id()? } else { empty()? };
-                (host.broadcast(&id, 0)?, host.rank(), host.size())
+                (Part::Collectives(host.rank()), host.broadcast(&id, 0)?, host.rank(), host.size())
             }
         };
         let make = move || {
@@ -461,7 +460,7 @@ impl Lanes {
             id.wait()?.f_copy_data(&mut words, ID_WORDS)?;
             Comm::new(library, words, rank, size)
         };
-        Ok(place.insert(Lane::new(gpu, host.size(), all, Box::new(make))?).clone())
+        Ok(place.insert(Lane::new(gpu, host.size(), part, Box::new(make))?).clone())
     }
 }
 

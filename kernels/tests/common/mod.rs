@@ -100,6 +100,13 @@ pub struct All {
 }
 
 impl All {
+    fn to(&self, device: Device) -> Self {
+        let to = |x: &Tensor| x.to_device(device);
+        let Self { o, end, grads: Grads { dq, dk, dv, dlog_decay }, d_initial } = self;
+        let grads = Grads { dq: to(dq), dk: to(dk), dv: to(dv), dlog_decay: dlog_decay.as_ref().map(to) };
+        Self { o: to(o), end: to(end), grads, d_initial: to(d_initial) }
+    }
+
     pub fn named(&self) -> Vec<(&'static str, &Tensor)> {
         let Self { o, end, grads: Grads { dq, dk, dv, dlog_decay }, d_initial } = self;
         let mut all = vec![("o", o), ("end", end), ("dq", dq), ("dk", dk), ("dv", dv), ("dinitial", d_initial)];
@@ -173,8 +180,14 @@ pub fn chained(
 }
 
 /// The whole `[T, T]` matrix of scores, in `kind`, differentiated by libtorch; `exit` enters as the gradient of the state at the
-/// end. A decay per channel stands in it as `[T, T, K]`.
+/// end. A decay per channel stands in it as `[T, T, K]`. On the CPU where compute-sanitizer looks on, which then
+/// sees few kernels but ours.
 pub fn naive(x: &Inputs, d_o: &Tensor, initial: &Tensor, exit: &Tensor, kind: Kind) -> All {
+    let device = x.q.device();
+    if emulator::sanitized() && device != Device::Cpu {
+        let [d_o, initial, exit] = [d_o, initial, exit].map(|x| x.to_device(Device::Cpu));
+        return naive(&on(x, Device::Cpu), &d_o, &initial, &exit, kind).to(device);
+    }
     let leaf = |x: &Tensor| x.detach().to_kind(kind).set_requires_grad(true);
     let (b, t, h, dk) = x.q.size4().unwrap();
     let (q, k, v, m) = (leaf(&x.q), leaf(&x.k), leaf(&x.v), leaf(initial));

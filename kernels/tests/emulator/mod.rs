@@ -50,7 +50,8 @@ pub fn slow(device: Device) -> bool {
 }
 
 /// Whether compute-sanitizer looks on (`tests/gpu/run.sh sanitizer`).
-fn sanitized() -> bool {
+#[allow(dead_code)]
+pub fn sanitized() -> bool {
     std::env::var_os("LASP_SANITIZER").is_some()
 }
 

@@ -7,7 +7,7 @@ mod passes;
 
 use tch::{Kind, Tensor};
 
-use super::segments::{self, Call, DecayGrad, Family, Out, Part, Pass, Sums, fits};
+use super::segments::{self, Call, DecayGrad, Family, Made, Out, Part, Pass, Sums, fits};
 use super::{Kernel, gpu};
 use crate::Result;
 use crate::linear::{Decay, Inputs, Piece};
@@ -50,8 +50,15 @@ impl Family for Hopper {
         Some(vec![call.plan.slots])
     }
 
-    fn summarize(call: &Call<Self>, sums: &Sums, which: i32, key: &Tensor, value: &Tensor, scale: f64) -> Result<()> {
-        call.summarize(sums, which, key, value, scale)
+    fn summarize(
+        call: &Call<Self>,
+        sums: &Sums,
+        to: &Made,
+        which: i32,
+        tensors: (&Tensor, &Tensor),
+        scale: f64,
+    ) -> Result<()> {
+        call.summarize(sums, to, which, tensors, scale)
     }
 
     fn combine(call: &Call<Self>, dk: i64, dv: i64) -> Result<(Kernel, Vec<i64>)> {

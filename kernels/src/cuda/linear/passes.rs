@@ -3,7 +3,7 @@
 use tch::{Device, Tensor};
 
 use super::super::driver::{TileMap, driver};
-use super::super::segments::{Call, DecayGrad, Out, Params, Pass, SEGMENTS, Sums, aligned, blocks, plan};
+use super::super::segments::{Call, DecayGrad, Made, Out, Params, Pass, SEGMENTS, Sums, aligned, blocks, plan};
 use super::super::{Arg, Kernel, Launch, NUMBERS, Program, kernel};
 use super::Hopper;
 use crate::Result;
@@ -140,7 +140,7 @@ impl Call<Hopper> {
     }
 
     /// Sums of `scale y^T z` and of the log-decays, for the segments with a flag of `which`.
-    pub fn summarize(&self, sums: &Sums, which: i32, y: &Tensor, z: &Tensor, scale: f64) -> Result<()> {
+    pub fn summarize(&self, sums: &Sums, to: &Made, which: i32, (y, z): (&Tensor, &Tensor), scale: f64) -> Result<()> {
         let (dk, dv) = (y.size()[3], z.size()[3]);
         let reverse = sums.reverse;
         let variant = Variant { decay: self.decay(), reverse, dual: reverse, dk, dv, ..Variant::default() };
@@ -150,8 +150,8 @@ impl Call<Hopper> {
             .map(&tile_map(z)?)
             .pointer(Some(&self.plan.all.segments))
             .pointer(Some(&self.plan.all.first))
-            .pointer(Some(&sums.sums))
-            .pointer(sums.decays.as_ref())
+            .pointer(Some(&to.sums))
+            .pointer(to.decays.as_ref())
             .strided(self.log_decay.as_ref())
             .f32(scale)
             .i32(dk)

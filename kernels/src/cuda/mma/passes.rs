@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::segments::{Call, DecayGrad, Out, Params, Pass, SEGMENTS, Sums, blocks, plan};
+use super::super::segments::{Call, DecayGrad, Made, Out, Params, Pass, SEGMENTS, Sums, blocks, plan};
 use super::super::{Arg, Gpu, Kernel, Launch, NUMBERS, Program, kernel};
 use super::Mma;
 use crate::Result;
@@ -199,7 +199,14 @@ impl Call<Mma> {
     }
 
     /// Sums of `scale key^T value` and of the log-decays, for the segments with a flag of `which`.
-    pub fn summarize(&self, sums: &Sums, which: i32, key: &Tensor, value: &Tensor, scale: f64) -> Result<()> {
+    pub fn summarize(
+        &self,
+        sums: &Sums,
+        to: &Made,
+        which: i32,
+        (key, value): (&Tensor, &Tensor),
+        scale: f64,
+    ) -> Result<()> {
         let (dk, dv) = (key.size()[3], value.size()[3]);
         let variant = Variant { reverse: sums.reverse, ..self.variant(dk, dv) };
         let (kernel, shared) = variant.kernel(&self.family.gpu, self.device, "summarize")?;
@@ -209,8 +216,8 @@ impl Call<Mma> {
             .strided(sums.part.log_decay(self)?.as_ref())
             .pointer(Some(&self.plan.all.segments))
             .pointer(Some(&self.plan.all.first))
-            .pointer(Some(&sums.sums))
-            .pointer(sums.decays.as_ref())
+            .pointer(Some(&to.sums))
+            .pointer(to.decays.as_ref())
             .f32(scale)
             .i32(dk)
             .i32(dv)

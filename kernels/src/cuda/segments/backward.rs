@@ -45,7 +45,7 @@ impl<F: Family> Backward<F> {
         scale: f64,
     ) -> Result<Self> {
         let call = F::call(x, pieces)?;
-        let (states, grads) = (Sums::all(&call, false)?, Sums::all(&call, true)?);
+        let (states, grads) = (Sums::all(&call, false), Sums::all(&call, true));
         let log_decay = call.log_decay.as_ref().filter(|_| x.decay_grad);
         Ok(Self {
             tokens: Tokens::new::<F>(x, scale)?,

@@ -28,7 +28,7 @@ impl<F: Family> Forward<F> {
             tokens: Tokens::new::<F>(x, scale)?,
             entries: clones(entries),
             late: entries.iter().map(|_| None).collect(),
-            sums: Sums::all(&call, false)?,
+            sums: Sums::all(&call, false),
             call,
             states: None,
             end: None,
@@ -68,7 +68,8 @@ impl<F: Family> Forward<F> {
         let from_outside = self.entries.iter().any(Option::is_some);
         let (states, enters) = match self.states.take() {
             Some(states) => (states, Enters::known(from_outside)),
-            None if !from_outside && F::looks_back(&self.call) => {
+            // What comes late wants the segments' decays.
+            None if self.call.rows(false) == 0 && F::looks_back(&self.call) => {
                 (self.sums.iter().map(|sums| sums.room(&self.call)).collect::<Result<_>>()?, Enters::Unknown)
             }
             None => {

@@ -23,7 +23,7 @@ use crate::linear::{check, check_grad};
 use crate::{Error, Result};
 pub use params::Params;
 use plan::{Cut, Plan};
-pub use states::{Part, Sums};
+pub use states::{Made, Part, Sums};
 
 /// The header of all families' sources.
 pub const SEGMENTS: (&str, &str) = ("segments.cuh", include_str!("../../../cuda/segments.cuh"));
@@ -41,9 +41,16 @@ pub trait Family: Sized + Send + 'static {
     fn widest(call: &Call<Self>) -> (i64, i64);
     /// The sizes of the segments' sums of log-decays, for `dk` channels; `None`: there are none.
     fn decays(call: &Call<Self>, dk: i64) -> Option<Vec<i64>>;
-    /// Sums of `scale key^T value` (k and v, or in reverse q and do) and of the log-decays into those of `sums`, for the
+    /// Sums of `scale key^T value` (k and v, or in reverse q and do) and of the log-decays of `sums`' part into `to`, for the
     /// segments with a flag of `which`.
-    fn summarize(call: &Call<Self>, sums: &Sums, which: i32, key: &Tensor, value: &Tensor, scale: f64) -> Result<()>;
+    fn summarize(
+        call: &Call<Self>,
+        sums: &Sums,
+        to: &Made,
+        which: i32,
+        tensors: (&Tensor, &Tensor),
+        scale: f64,
+    ) -> Result<()>;
     /// The kernel `combine`, and how its parameters give the sizes of a state.
     fn combine(call: &Call<Self>, dk: i64, dv: i64) -> Result<(Kernel, Vec<i64>)>;
     /// Whether [`Family::output`] and [`Family::keys`] can make the entries themselves ([`Pass::looks_back`]) where no state comes from

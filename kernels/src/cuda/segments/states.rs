@@ -70,21 +70,26 @@ pub struct Sums {
     pub part: Part,
     pub reverse: bool,
     /// `[slots, K, V]`.
-    pub sums: Tensor,
-    /// What [`Family::decays`] says.
-    pub decays: Option<Tensor>,
+    sizes: [i64; 3],
+    made: Option<Made>,
     /// Of segments that another follows; of those at the chains' ends.
     known: (bool, bool),
 }
 
+/// What `summarize` writes.
+pub struct Made {
+    /// `[slots, K, V]`.
+    pub sums: Tensor,
+    /// What [`Family::decays`] says.
+    pub decays: Option<Tensor>,
+}
+
 impl Sums {
     /// Of each part of a head.
-    pub fn all<F: Family>(call: &Call<F>, reverse: bool) -> Result<Vec<Self>> {
+    pub fn all<F: Family>(call: &Call<F>, reverse: bool) -> Vec<Self> {
         let new = |part: Part| {
-            let slots = call.plan.slots;
-            let sums = call.empty(&[slots, part.k.1, part.v.1])?;
-            let decays = F::decays(call, part.k.1).map(|sizes| call.empty(&sizes)).transpose()?;
-            Ok(Self { part, reverse, sums, decays, known: (false, false) })
+            let sizes = [call.plan.slots, part.k.1, part.v.1];
+            Self { part, reverse, sizes, made: None, known: (false, false) }
         };
         parts((call.dk, call.dv), F::widest(call)).into_iter().map(new).collect()
     }
@@ -100,7 +105,16 @@ impl Sums {
         // What leaves a segment enters it in the opposite direction.
         let missing = plan::entered(!self.reverse, (!self.known.0, ends && !self.known.1));
         if call.plan.flags & missing != 0 {
-            F::summarize(call, self, missing, &self.part.keys(keys)?, &self.part.values(values)?, scale)?;
+            let made = match self.made.take() {
+                Some(made) => made,
+                None => Made {
+                    sums: self.room(call)?,
+                    decays: F::decays(call, self.part.k.1).map(|sizes| call.empty(&sizes)).transpose()?,
+                },
+            };
+            let (keys, values) = (self.part.keys(keys)?, self.part.values(values)?);
+            F::summarize(call, self, &made, missing, (&keys, &values), scale)?;
+            self.made = Some(made);
         }
         self.known = (true, self.known.1 || ends);
         Ok(())
@@ -108,7 +122,7 @@ impl Sums {
 
     /// Room for the states `[slots, K, V]` that enter the segments.
     pub fn room<F: Family>(&self, call: &Call<F>) -> Result<Tensor> {
-        call.empty(&self.sums.size())
+        call.empty(&self.sizes)
     }
 
     /// The states `[slots, K, V]` that enter the segments, with those of `external` entering their pieces, and into `finals`
@@ -124,30 +138,31 @@ impl Sums {
         match there {
             Some(mut there) if !there.is_contiguous() => {
                 let aside = call.empty(&there.size())?;
-                let entries = self.combine(call, Some(&self.sums), external, Some(&aside))?;
+                let entries = self.combine(call, true, external, Some(&aside))?;
                 there.f_copy_(&aside)?;
                 Ok(entries)
             }
-            there => self.combine(call, Some(&self.sums), external, there.as_ref()),
+            there => self.combine(call, true, external, there.as_ref()),
         }
     }
 
     /// What the states of `external` alone make of the entries, as if all sums were zero.
     pub fn entries_of<F: Family>(&self, call: &Call<F>, external: &[Option<Tensor>]) -> Result<Tensor> {
-        self.combine(call, None, external, None)
+        self.combine(call, false, external, None)
     }
 
     /// The states that leave pieces, `[rows, K, V]` of this part.
     pub fn finals<F: Family>(&self, call: &Call<F>, external: &[Option<Tensor>]) -> Result<Tensor> {
         let finals = call.empty(&[call.rows(!self.reverse), self.part.k.1, self.part.v.1])?;
-        self.combine(call, Some(&self.sums), external, Some(&finals)).map(|_| finals)
+        self.combine(call, true, external, Some(&finals)).map(|_| finals)
     }
 
-    /// `sums`: `None` is zero. `finals`: `[rows, K, V]` of this part, contiguous; see [`Call::rows`].
+    /// Of what [`Sums::ensure`] has made. `sums`: whether they count, or are as if zero. `finals`: `[rows, K, V]` of this part, contiguous;
+    /// see [`Call::rows`].
     fn combine<F: Family>(
         &self,
         call: &Call<F>,
-        sums: Option<&Tensor>,
+        sums: bool,
         external: &[Option<Tensor>],
         finals: Option<&Tensor>,
     ) -> Result<Tensor> {
@@ -160,8 +175,8 @@ impl Sums {
         let (kernel, sizes) = F::combine(call, dk, dv)?;
         let params = Params::default()
             .pointer(Some(&call.plan.chains))
-            .pointer(sums)
-            .pointer(self.decays.as_ref())
+            .pointer(self.made.as_ref().filter(|_| sums).map(|made| &made.sums))
+            .pointer(self.made.as_ref().and_then(|made| made.decays.as_ref()))
             .pointer(external.as_ref())
             .pointer(Some(&entries))
             .pointer(finals);
@@ -177,7 +192,7 @@ impl Sums {
 /// States that forward has saved, if they are as many as the parts; an error where they have another shape.
 pub fn checked(saved: Option<Vec<Tensor>>, sums: &[Sums]) -> Result<Option<Vec<Tensor>>> {
     for (i, saved) in saved.iter().flatten().enumerate() {
-        let expected = sums.get(i).map(|sums| sums.sums.size());
+        let expected = sums.get(i).map(|sums| sums.sizes.to_vec());
         if expected.as_ref() != Some(&saved.size()) {
             let expected = format!("{expected:?}, the states that forward has saved");
             return Err(Error::Shape { tensor: "saved", found: saved.size(), expected });
