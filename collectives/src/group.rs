@@ -91,16 +91,17 @@ impl Group {
     }
 
     /// Whether short all_gathers on GPUs go by copies between the ranks' memories instead of NCCL ([`crate::nccl::PeerCopies`]), and
-    /// why. Known once the group has done a collective on GPUs.
+    /// why. Known once the group is connected, or has done a collective on GPUs.
     pub fn peer_copies(&self) -> CopiesFound {
         self.lanes.as_ref().map(|lanes| lanes.peer_copies()).unwrap_or_default()
     }
 
-    /// Makes ready what collectives on GPUs and messages to and from `peers` travel by, and waits until it is there; without GPUs there
-    /// is nothing to do. Collective: a rank names all that name it. Nothing may be under way on the GPUs: whoever makes a communicator
-    /// may wait for that, and that for ranks which wait for the communicator. Else each is made when it is first used.
-    pub fn connect(&self, peers: &[usize]) -> Result<()> {
-        self.lanes.as_ref().map_or(Ok(()), |lanes| lanes.connect(peers))
+    /// Makes ready what collectives on GPUs, and messages to ranks `to` and from ranks `from`, travel by, and waits until it is there;
+    /// without GPUs there is nothing to do. Collective: who is to be sent to names the sender. Nothing may be under way on the GPUs:
+    /// whoever makes a communicator may wait for that, and that for ranks which wait for the communicator. What is not made here is made
+    /// when it is first used.
+    pub fn connect(&self, to: &[usize], from: &[usize]) -> Result<()> {
+        self.lanes.as_ref().map_or(Ok(()), |lanes| lanes.connect(to, from))
     }
 
     /// This rank's flight recorder, shared by all its groups.

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{Error, Pending, Recorder, Result, pending::lock};
 use std::{
-    mem,
+    mem::{self, ManuallyDrop},
     sync::{
         Arc, Condvar, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
@@ -137,8 +137,9 @@ pub(crate) struct Gpu {
     changed: Condvar,
     failed: OnceLock<Failure>,
     side: OnceLock<Stream>,
-    /// A number that anybody may overwrite, in memory that is never anything else's.
-    scratch: Mutex<Tensor>,
+    /// A number that anybody may overwrite, in memory that is never anything else's, nor freed: the watchdog may be the last to hold
+    /// this, when libtorch has ended.
+    scratch: Mutex<ManuallyDrop<Tensor>>,
     /// Of communicators that are being freed.
     ending: Mutex<Vec<mpsc::Receiver<()>>>,
 }
@@ -190,7 +191,7 @@ impl Gpu {
             changed: Condvar::new(),
             failed: OnceLock::new(),
             side: OnceLock::new(),
-            scratch: Mutex::new(scratch),
+            scratch: Mutex::new(ManuallyDrop::new(scratch)),
             ending: Mutex::default(),
         });
         let watched = Arc::downgrade(&gpu);
@@ -226,7 +227,8 @@ impl Gpu {
     /// Waits for the communicators that are being freed, for a while.
     pub(super) fn until_ended(&self) {
         let until = Instant::now() + GRACE;
-        for ended in mem::take(&mut *lock(&self.ending)) {
+        let ending = mem::take(&mut *lock(&self.ending));
+        for ended in ending {
             let _ = ended.recv_timeout(until.saturating_duration_since(Instant::now()));
         }
     }
@@ -269,8 +271,18 @@ impl Gpu {
 
     /// Blocks until all that was issued has ended and has been recorded. `false`: something failed.
     pub(crate) fn settle(&self) -> bool {
+        self.settle_until(None)
+    }
+
+    /// Before communicators are freed: what is under way has ended, or will not soon.
+    pub(super) fn settle_for_a_while(&self) {
+        self.settle_until(Some(Instant::now() + GRACE));
+    }
+
+    fn settle_until(&self, until: Option<Instant>) -> bool {
         let mut state = lock(&self.state);
-        while !state.is_idle() && self.failed.get().is_none() {
+        let goes_on = || until.is_none_or(|until| Instant::now() < until);
+        while !state.is_idle() && self.failed.get().is_none() && goes_on() {
             state = self.changed.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner).0;
         }
         self.failed.get().is_none()

@@ -1,8 +1,9 @@
 //! A communicator with a stream of its own, on which its operations follow each other.
 //!
-//! It is made at its first use, by a thread of its own, as that blocks until all its ranks have come; what is issued meanwhile
-//! is launched by that thread afterwards. Then operations are launched by whoever issues them. Where each must first be agreed
-//! on, the thread always launches.
+//! It is made by [`Lane::begin`] or at its first use, by a thread of its own, as that blocks until all its ranks have come. Before
+//! anything else its ranks meet on it ([`Lane::meet`]): then, too, each waits for the others. What is issued meanwhile is launched by
+//! the thread afterwards. Then operations are launched by whoever issues them. Where each must first be agreed on, the thread always
+//! launches.
 
 use super::{
     api::{Buffers, Comm},
@@ -33,7 +34,9 @@ pub(super) struct Lane {
     /// Of the group; it fixes the length of a header.
     ranks: usize,
     stream: Stream,
-    made: OnceLock<Made>,
+    comm: OnceLock<Comm>,
+    /// That its ranks have met.
+    met: OnceLock<Met>,
     part: Part,
     state: Mutex<State>,
 }
@@ -48,16 +51,16 @@ pub(super) enum Part {
     Receiver,
 }
 
-/// A communicator, and its way for short gathers.
-struct Made {
-    comm: Comm,
+/// A way for short gathers.
+#[derive(Default)]
+struct Met {
     peers: Option<Peers>,
     found: CopiesFound,
 }
 
 struct State {
     make: Option<Make>,
-    /// Who wants it to be made, if no operation does.
+    /// Who wants the communicator to be made, if no operation does, and will have its ranks meet.
     wanted: Option<About>,
     queue: VecDeque<Item>,
     /// The lane's thread runs.
@@ -81,7 +84,15 @@ impl Lane {
     pub(super) fn new(gpu: &Arc<Gpu>, ranks: usize, part: Part, make: Make) -> Result<Arc<Lane>> {
         let stream = gpu.context.stream()?;
         let state = Mutex::new(State { make: Some(make), wanted: None, queue: VecDeque::new(), working: false });
-        let lane = Arc::new(Lane { gpu: gpu.clone(), ranks, stream, made: OnceLock::new(), part, state });
+        let lane = Arc::new(Lane {
+            gpu: gpu.clone(),
+            ranks,
+            stream,
+            comm: OnceLock::new(),
+            met: OnceLock::new(),
+            part,
+            state,
+        });
         gpu.watch_lane(&lane);
         Ok(lane)
     }
@@ -90,36 +101,60 @@ impl Lane {
     pub(super) fn issue(self: &Arc<Lane>, item: Item) -> Result<()> {
         self.gpu.watch_flight(item.flight.clone());
         let mut state = lock(&self.state);
-        if let (false, None, Some(made)) = (state.working, &item.check, self.made.get()) {
-            self.launch(made, item);
+        if let (false, None, Some(comm), Some(met)) = (state.working, &item.check, self.comm.get(), self.met.get()) {
+            self.launch(comm, met, item);
             return Ok(());
         }
         state.queue.push_back(item);
         self.start(&mut state)
     }
 
-    /// Makes the communicator, on the lane's thread.
-    pub(super) fn begin(self: &Arc<Lane>, about: &About) -> Result<()> {
+    /// Makes the communicator, on the lane's thread; `false` if that has begun before. Who gets `true` calls [`Lane::meet`] once it
+    /// is made, and issues nothing before.
+    pub(super) fn begin(self: &Arc<Lane>, about: &About) -> Result<bool> {
         let mut state = lock(&self.state);
         if state.make.is_none() {
-            return Ok(());
+            return Ok(false);
         }
         state.wanted = Some(about.clone());
-        self.start(&mut state)
+        self.start(&mut state).map(|()| true)
     }
 
-    /// Blocks until the communicator is made.
-    pub(super) fn until_made(&self, about: &About) -> Result<()> {
+    /// Blocks until the communicator is made; `met`: and its ranks have met.
+    pub(super) fn until_made(&self, about: &About, met: bool) -> Result<()> {
         let (began, waited) = (Instant::now(), self.gpu.options.timeout);
-        while self.made.get().is_none() {
+        while self.comm.get().is_none() || (met && self.met.get().is_none()) {
             if let Some(error) = self.gpu.failure() {
                 return Err(error);
             }
             if began.elapsed() > waited {
-                return Err(self.gpu.error(about, format!("{NOT_MADE} within {} s", waited.as_secs())));
+                let late = self.gpu.error(about, format!("{NOT_MADE} within {} s", waited.as_secs()));
+                self.gpu.fail(about, late);
+                return Err(self.gpu.failure().unwrap_or(Error::Stopped { op: about.op, group: about.group.clone() }));
             }
             thread::sleep(POLL);
         }
+        Ok(())
+    }
+
+    /// What the communicator's ranks do first, each waiting for the others: on one for messages the first is of no content, as NCCL
+    /// connects two ranks at their first, inside a call that returns when the other one has come to its own; on one for collectives
+    /// they find out whether short gathers go by copies.
+    pub(super) fn meet(&self) -> Result<()> {
+        let Some(comm) = self.comm.get() else { return Ok(()) };
+        let _entered = self.gpu.context.enter()?;
+        let x = self.gpu.scratch();
+        let met = match self.part {
+            Part::Collectives(rank) => {
+                let wanted = self.gpu.options.peer_copies;
+                let (peers, found) = Peers::connect(&self.gpu.context, comm, &self.stream, (rank, self.ranks), wanted)?;
+                Met { peers, found }
+            }
+            Part::Sender => comm.send(&x, 0, 1, 1, &self.stream).map(|()| Met::default())?,
+            Part::Receiver => comm.recv(&x, 0, 1, 0, &self.stream).map(|()| Met::default())?,
+        };
+        self.stream.record()?.synchronize()?;
+        let _ = self.met.set(met);
         Ok(())
     }
 
@@ -135,29 +170,19 @@ impl Lane {
 
     fn work(self: Arc<Lane>) {
         let _no_grad = tch::no_grad_guard();
-        let make = lock(&self.state).make.take();
+        let (make, wanted) = {
+            let mut state = lock(&self.state);
+            (state.make.take(), state.wanted.take())
+        };
         if let Some(make) = make {
             let made = self.gpu.context.enter().and_then(|_entered| {
-                let comm = make()?;
-                if let Part::Collectives(rank) = self.part {
-                    let wanted = self.gpu.options.peer_copies;
-                    let (peers, found) =
-                        Peers::connect(&self.gpu.context, &comm, &self.stream, (rank, self.ranks), wanted)?;
-                    return Ok(Made { comm, peers, found });
-                }
-                self.greet(&comm)?;
-                Ok(Made { comm, peers: None, found: CopiesFound::default() })
+                drop(self.comm.set(make()?));
+                if wanted.is_some() { Ok(()) } else { self.meet() }
             });
-            match made {
-                Ok(made) => drop(self.made.set(made)),
-                Err(error) => {
-                    let mut state = lock(&self.state);
-                    let first = state.queue.front().map(|item| item.flight.about.clone());
-                    let about = first.or_else(|| state.wanted.take());
-                    drop(state);
-                    if let Some(about) = about {
-                        self.gpu.fail(&about, error);
-                    }
+            if let Err(error) = made {
+                let first = || lock(&self.state).queue.front().map(|item| item.flight.about.clone());
+                if let Some(about) = wanted.or_else(first) {
+                    self.gpu.fail(&about, error);
                 }
             }
         }
@@ -170,22 +195,22 @@ impl Lane {
                 };
                 item
             };
-            match self.made.get() {
-                Some(made) => self.agree_and_launch(made, item),
-                None => item.flight.fail(None),
+            match (self.comm.get(), self.met.get()) {
+                (Some(comm), Some(met)) => self.agree_and_launch(comm, met, item),
+                _ => item.flight.fail(None),
             }
         }
     }
 
-    fn agree_and_launch(&self, made: &Made, mut item: Item) {
-        let Some(check) = item.check.take() else { return self.launch(made, item) };
+    fn agree_and_launch(&self, comm: &Comm, met: &Met, mut item: Item) {
+        let Some(check) = item.check.take() else { return self.launch(comm, met, item) };
         let brought = check.wait().and_then(|words| calls(&words, self.ranks));
         let compared = brought.and_then(|brought| {
             let agreed = agree_on(&brought, &item.call, &item.flight.about.group, item.rank);
             let Err(error) = agreed else { return Ok(true) };
             // What was sent must be taken, or nothing behind it could come.
             if let (Op::Recv { .. }, [sent]) = (item.call.op, brought.as_slice()) {
-                self.throw_away(&made.comm, sent)?;
+                self.throw_away(comm, sent)?;
             }
             item.flight.fail(Some(error));
             Ok(false)
@@ -198,10 +223,10 @@ impl Lane {
                 return item.flight.fail(None);
             }
         }
-        self.launch(made, item);
+        self.launch(comm, met, item);
     }
 
-    fn launch(&self, Made { comm, peers, .. }: &Made, item: Item) {
+    fn launch(&self, comm: &Comm, Met { peers, .. }: &Met, item: Item) {
         let flight = &item.flight;
         let launched = || {
             if let Some(error) = self.gpu.failure() {
@@ -227,17 +252,6 @@ impl Lane {
         }
     }
 
-    /// A first message, of which nobody wants the content. NCCL's first send on a communicator waits for the other rank's first
-    /// receive: here, on the lane's own thread, and not where a rank has to go on to what the other one waits for.
-    fn greet(&self, comm: &Comm) -> Result<()> {
-        let x = self.gpu.scratch();
-        match self.part {
-            Part::Receiver => comm.recv(&x, 0, 1, 0, &self.stream)?,
-            _ => comm.send(&x, 0, 1, 1, &self.stream)?,
-        }
-        self.stream.record()?.synchronize()
-    }
-
     fn throw_away(&self, comm: &Comm, sent: &Call) -> Result<()> {
         let scratch = Tensor::f_empty([sent.numel()], (sent.kind, Device::Cuda(self.gpu.context.index)))?;
         let _entered = self.gpu.context.enter()?;
@@ -248,23 +262,23 @@ impl Lane {
     }
 
     pub(super) fn peer_copies(&self) -> CopiesFound {
-        self.made.get().map(|made| made.found.clone()).unwrap_or_default()
+        self.met.get().map(|met| met.found.clone()).unwrap_or_default()
     }
 
     pub(super) fn asynchronous_error(&self) -> Result<()> {
-        self.made.get().map_or(Ok(()), |made| made.comm.asynchronous_error())
+        self.comm.get().map_or(Ok(()), Comm::asynchronous_error)
     }
 
     pub(super) fn abort(&self) {
-        if let Some(made) = self.made.get() {
-            made.comm.abort();
+        if let Some(comm) = self.comm.get() {
+            comm.abort();
         }
     }
 }
 
 impl Drop for Lane {
     fn drop(&mut self) {
-        let Some(Made { comm, .. }) = self.made.take() else { return };
+        let Some(comm) = self.comm.take() else { return };
         let context = self.gpu.context.clone();
         let (ended, has_ended) = mpsc::channel();
         let free = move || {

@@ -5,14 +5,14 @@
 //!
 //! - **Streams.** An operation starts when the work is done that the issuing thread has enqueued so far on libtorch's current
 //!   stream, and runs on a stream of the group's own, of high priority. [`Pending::wait`] makes the waiting thread's current
-//!   stream wait, and not the host. The host waits for GPUs nowhere; it waits for other hosts where a communicator is made.
+//!   stream wait, and not the host. The host waits for GPUs nowhere but in [`Group::connect`]; it waits for other hosts where a
+//!   communicator is made.
 //! - **Memory.** Inputs and results are held until a stream of libtorch waits for the operation, or it has ended; then libtorch's
 //!   allocator may use them again.
 //! - **Order.** All collectives of a group follow each other on its stream. Messages from one rank to another have a communicator
-//!   and a stream of their own, made at the first one: so a send waits for nobody, whatever the order of sends and receives.
-//!   Making one while others' operations are under way can end in ranks that wait for each other, as the CUDA driver may make its
-//!   caller wait for the GPU: [`Group::connect`] makes them before. Its first message is one that nobody wants: NCCL connects two ranks
-//!   then, for which each waits for the other.
+//!   and a stream of their own: so a send waits for nobody, whatever the order of sends and receives. [`Group::connect`] makes them,
+//!   or the first message does. Made while other operations are under way they can end in ranks that wait for each other: ranks
+//!   meet where one is made, and the CUDA driver may make its caller wait for the GPU.
 //!   Where kernels of several groups would fill a GPU, NCCL_LAUNCH_ORDER_IMPLICIT=1 keeps their order the same on all ranks.
 //! - **Short gathers** among processes of one machine go by the copy engines where that is quicker: [`PeerCopies`].
 //! - **Reductions** are NCCL's: in an order that depends on the number of ranks, the size and the machine, but not on the
@@ -46,7 +46,7 @@ use cuda::Context;
 use gpu::{About, Flight};
 use lane::{Item, Lane, Part};
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -342,23 +342,32 @@ impl Lanes {
     }
 
     /// See [`Group::connect`].
-    pub(crate) fn connect(&self, peers: &[usize]) -> Result<()> {
+    pub(crate) fn connect(&self, to: &[usize], from: &[usize]) -> Result<()> {
+        let rank = self.host.rank();
         if self.host.size() == 1 {
             return Ok(());
         }
+        let sends = to.iter().map(|&to| ((rank, to), Op::Send { to }));
+        let receives = from.iter().map(|&from| ((from, rank), Op::Recv { from }));
+        // By sender and receiver, the same order on all ranks.
+        let messages: BTreeMap<_, _> = sends.chain(receives).filter(|((from, to), _)| from != to).collect();
         let mut state = lock(&self.state);
-        let others: BTreeSet<usize> = peers.iter().copied().filter(|&peer| peer != self.host.rank()).collect();
-        let messages = others.into_iter().flat_map(|peer| [Op::Send { to: peer }, Op::Recv { from: peer }]);
-        // All at once: peers may come to them in another order.
-        let lanes: Vec<_> = std::iter::once(Op::AllGather)
-            .chain(messages)
-            .map(|op| self.lane(&mut state, op))
-            .collect::<Result<_>>()?;
+        let operations = std::iter::once(Op::AllGather).chain(messages.into_values());
+        let lanes = operations.map(|op| self.lane(&mut state, op)).collect::<Result<Vec<_>>>()?;
         drop(state);
         let group = self.host.shared_name();
         let about = About { op: "connect", number: 0, group, bytes: (0, 0), seq: u64::MAX };
-        lanes.iter().try_for_each(|lane| lane.begin(&about))?;
-        lanes.iter().try_for_each(|lane| lane.until_made(&about))
+        // Communicators are made side by side, with nothing under way on any GPU. Then their ranks meet, on one after another: two
+        // that wait for each other's next meeting there cannot be.
+        let begun = lanes.iter().map(|lane| lane.begin(&about)).collect::<Result<Vec<_>>>()?;
+        for (lane, &begun) in lanes.iter().zip(&begun) {
+            lane.until_made(&about, !begun)?;
+        }
+        self.host.barrier()?.wait()?;
+        for (lane, _) in lanes.iter().zip(begun).filter(|(_, begun)| *begun) {
+            lane.meet().inspect_err(|error| self.gpu.fail(&about, self.gpu.error(&about, error.to_string())))?;
+        }
+        self.host.barrier()?.wait()
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -464,9 +473,11 @@ impl Lanes {
     }
 }
 
-/// All communicators of a group at once, as other ranks end theirs in another order, and each end waits for all of its ranks.
+/// All communicators of a group at once, as other ranks free theirs in another order, and who frees one waits for all its ranks.
 impl Drop for Lanes {
     fn drop(&mut self) {
+        // What is under way holds its communicator.
+        self.gpu.settle_for_a_while();
         drop(std::mem::take(&mut *lock(&self.state)));
         self.gpu.until_ended();
     }

@@ -210,7 +210,7 @@ fn small_charts(records: &[StepRecord]) -> [Chart; 4] {
         small("Learning rate", "learning rate", "lr", plain, |r| r.lr, false),
         small("Gradient norm", "norm before clipping", "gradient", plain, |r| r.grad_norm, true),
         small("Throughput", "tokens per second", "rate", compact, |r| r.tokens_per_s, true),
-        small("Exposed communication", "share of step time (%)", "comm", plain, |r| r.exposed_comm_pct, true),
+        small("Exposed communication", "share of the time (%)", "comm", plain, |r| r.exposed_comm_pct, true),
     ]
 }
 

@@ -55,14 +55,27 @@ pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
     }
 }
 
-/// Makes ready what layers under these two methods send by, as [`Group::connect`] says. Collective, before anything is under way.
+/// How far from a rank others are to which truncated scans are prepared to send. Decays that let states reach farther make no
+/// truncated scan worth its name.
+const REACH: usize = 8;
+
+/// Makes ready what layers under these two methods send by, as [`Group::connect`] says; [`linear`] does the rest for the hierarchical scan.
+/// Collective, before anything is under way.
 pub fn connect(group: &Group, linear: &str, softmax: &str) -> Result<()> {
-    let to_neighbours = matches!(choose(linear), Ok(Choice::Lasp1(_) | Choice::AllScan(_) | Choice::Truncated(_)))
-        || linear == "ring_left_product"
-        || softmax == "ring";
     let (rank, size) = (group.rank(), group.size());
-    let neighbours = [(rank + 1) % size, (rank + size - 1) % size];
-    Ok(group.connect(if to_neighbours { &neighbours } else { &[] })?)
+    // Ranks up to so far away, both ways.
+    let near = match choose(linear) {
+        Ok(Choice::Lasp1(_) | Choice::AllScan(_)) => 1,
+        Ok(Choice::Truncated(_)) => REACH,
+        _ => 0,
+    };
+    let near = rank.saturating_sub(near)..size.min(rank + near + 1);
+    let (mut to, mut from): (Vec<_>, Vec<_>) = (near.clone().collect(), near.collect());
+    if linear == "ring_left_product" || softmax == "ring" {
+        to.push((rank + 1) % size);
+        from.push((rank + size - 1) % size);
+    }
+    Ok(group.connect(&to, &from)?)
 }
 
 /// What the plan's rank moves for one linear layer under the method that `found` names. No group is needed.

@@ -65,7 +65,8 @@ pub struct StepOutcome {
     pub grad_norm: f64,
     pub lr: f64,
     /// The share of the time in which a rank waited for communication, mean over ranks, from 0 to 1: of the time from where the step
-    /// before took this sum to where this one did, as soon as its backward was enqueued. Of the rest the next step tells.
+    /// before took this sum to where this one did, as soon as its backward was enqueued. What waiting is longer than that, as a GPU tells of
+    /// it when it ends, counts in the next step.
     pub exposed: f64,
     /// Rank 0 said before this step that the time is up.
     pub out_of_time: bool,
@@ -82,7 +83,7 @@ impl Trainer {
         let kind = config.train.dtype.kind();
         let model = Model::new(&config.model, kind, config.train.seed, device)?;
         let optimizer = AdamW::new(config.optimizer.clone(), &model.params)?;
-        mesh.world.connect(&[])?;
+        mesh.world.connect(&[], &[])?;
         method::connect(&mesh.sp, &config.parallel.linear_method, &config.parallel.softmax_method)?;
         let linear = method::linear(&config.parallel.linear_method, &mesh.sp)?;
         let attention = method::attention(&config.parallel.softmax_method)?;
@@ -165,14 +166,16 @@ impl Trainer {
             labels += counted;
         }
 
-        let (mut out_of_time, mut share, told, mut met) = (out_of_time, 0.0, exposed(), Duration::ZERO);
+        let (mut out_of_time, mut share, told) = (out_of_time, 0.0, exposed());
+        let (mut met, mut left) = (Duration::ZERO, Duration::ZERO);
         let telling = Instant::now();
         if let Some(summing) = summing {
             // What hosts know meets on hosts, while GPUs are in backward; the loss meets on them.
-            let waiting = self.untold.waiting + Duration::from_nanos(told - waited);
-            let mine = waiting.as_secs_f64() / (self.untold.time + (telling - began)).as_secs_f64();
+            let (waiting, time) =
+                (self.untold.waiting + Duration::from_nanos(told - waited), self.untold.time + (telling - began));
+            let mine = waiting.min(time).as_secs_f64() / time.as_secs_f64();
             let all = sum(&world, &[labels, mine, f64::from(u8::from(out_of_time))])?;
-            met = telling.elapsed();
+            (met, left) = (telling.elapsed(), waiting.saturating_sub(time));
             (labels, share, out_of_time) = (all[0], all[1] / world.size() as f64, all[2] > 0.0);
             summing.finish()?;
             world.all_reduce_in_place(&loss_sum, Reduce::Sum)?.wait()?;
@@ -188,7 +191,7 @@ impl Trainer {
         let numbers = [loss_sum.f_to_device(norm.device())?, norm.f_to_kind(Kind::Double)?];
         let numbers = Vec::<f64>::try_from(Tensor::f_stack(&numbers, 0)?)?;
         // But for the time in which hosts met.
-        let waiting = Duration::from_nanos(exposed() - told).saturating_sub(met);
+        let waiting = left + Duration::from_nanos(exposed() - told).saturating_sub(met);
         self.untold = Untold { waiting, time: telling.elapsed() - met };
         let (loss, grad_norm) = (numbers[0] / labels, numbers[1]);
         finite(step, "training loss", loss)?;

@@ -15,7 +15,7 @@ use tch::Tensor;
 
 use super::fold::{States, compose, copy, fold};
 use super::message::{Row, gather, narrow, slice};
-use super::route::Route;
+use super::route::{Route, partners};
 use super::{Chain, Entries, Messages, Result, Scan, Scanned, StateSize, Transitions, missing, tensors};
 
 pub struct Hierarchical {
@@ -28,9 +28,9 @@ impl Hierarchical {
     pub fn new(group: &Group, node_size: usize) -> Result<Self> {
         let node_size = node_size.clamp(1, group.size());
         let node = group.split("node", group.rank() / node_size, group.rank())?;
-        node.connect(&[])?;
-        // Ranks with the same place carry the same slice, but for a smaller last node's.
-        group.connect(&(group.rank() % node_size..group.size()).step_by(node_size).collect::<Vec<_>>())?;
+        node.connect(&[], &[])?;
+        let partners: Vec<_> = partners(group.rank(), node_size, group.size()).into_iter().collect();
+        group.connect(&partners, &partners)?;
         Ok(Self { node, node_size })
     }
 }

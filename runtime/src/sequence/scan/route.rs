@@ -4,6 +4,7 @@
 //! inside a node each slice has one rank that scans it across nodes. The scan is that of Hillis and Steele (1986): before
 //! step d a rank knows the sum of the last d runs up to its own, and takes that of run i - d.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::message::{cut, gather_messages};
@@ -23,6 +24,32 @@ pub struct Route {
 pub struct Run {
     pub node: usize,
     pub segments: Range<usize>,
+}
+
+fn members(node: usize, node_size: usize, ranks: usize) -> Range<usize> {
+    node * node_size..ranks.min((node + 1) * node_size)
+}
+
+/// A later slice never has an earlier rank.
+fn scans(members: Range<usize>, slice: usize, slices: usize) -> usize {
+    members.start + slice * members.len() / slices
+}
+
+fn steps(runs: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(1), |d| Some(2 * d)).take_while(move |&d| d < runs)
+}
+
+/// The ranks on other nodes that a rank sends to or hears from, forward and backward, on either layout of segments none of which is
+/// empty; for states with no fewer rows than a node has ranks.
+pub fn partners(rank: usize, node_size: usize, ranks: usize) -> BTreeSet<usize> {
+    let (node, nodes) = (rank / node_size, ranks.div_ceil(node_size));
+    // The nodes of the runs on the zigzag layout; the contiguous one has the first half of them.
+    let runs: Vec<usize> = (0..nodes).chain((0..nodes - 1).rev()).collect();
+    let pairs = steps(runs.len()).flat_map(|d| runs.iter().zip(&runs[d..]));
+    let others = pairs.filter_map(|(&a, &b)| if a == node { Some(b) } else { (b == node).then_some(a) });
+    let mine = || (0..node_size).filter(|&slice| scans(members(node, node_size, ranks), slice, node_size) == rank);
+    let on = |other: usize| mine().map(move |slice| scans(members(other, node_size, ranks), slice, node_size));
+    others.filter(|&other| other != node).collect::<BTreeSet<_>>().into_iter().flat_map(on).collect()
 }
 
 impl Route {
@@ -46,13 +73,12 @@ impl Route {
 
     /// The ranks of a node: the last node may have fewer than the others.
     pub fn members(&self, node: usize) -> Range<usize> {
-        node * self.node_size..self.ranks.min((node + 1) * self.node_size)
+        members(node, self.node_size, self.ranks)
     }
 
-    /// The rank of a node that scans a slice; a later slice never has an earlier rank.
+    /// The rank of a node that scans a slice.
     pub fn scans(&self, node: usize, slice: usize) -> usize {
-        let members = self.members(node);
-        members.start + slice * members.len() / self.slices.len()
+        scans(self.members(node), slice, self.slices.len())
     }
 
     /// The slices that a rank scans.
@@ -67,8 +93,7 @@ impl Route {
 
     /// The distances of the scan's steps.
     pub fn steps(&self) -> impl Iterator<Item = usize> + use<> {
-        let runs = self.runs.len();
-        std::iter::successors(Some(1), |d| Some(2 * d)).take_while(move |&d| d < runs)
+        steps(self.runs.len())
     }
 
     /// The runs whose sum run `i` has before the step of distance `d`.
@@ -138,5 +163,35 @@ impl Route {
             messages.count_on("node", "all_gather_v", 1, entered * sent, entered * (size.state() - sent));
         }
         messages
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::LayoutKind;
+    use crate::sequence::{Layout, Plan};
+
+    /// Whoever exchanges a slice with whom, on either layout, in either direction.
+    #[test]
+    fn partners_are_all_that_exchange_slices() {
+        for (ranks, node_size) in (1..20).flat_map(|ranks| (1..=ranks).map(move |size| (ranks, size))) {
+            let partners: Vec<_> = (0..ranks).map(|rank| partners(rank, node_size, ranks)).collect();
+            let mut exchanging = vec![BTreeSet::new(); ranks];
+            for kind in [LayoutKind::Contiguous, LayoutKind::Zigzag] {
+                let chain = Plan::new(Layout::new(kind, 64 * ranks as i64, ranks).unwrap(), None, 0).unwrap().chain;
+                let route = Route::new(&chain, node_size, 64);
+                for (d, i) in route.steps().flat_map(|d| (d..route.runs.len()).map(move |i| (d, i))) {
+                    for slice in 0..route.slices.len() {
+                        let [a, b] = [i - d, i].map(|run| route.scans(route.runs[run].node, slice));
+                        if a != b {
+                            exchanging[a].insert(b);
+                            exchanging[b].insert(a);
+                        }
+                    }
+                }
+            }
+            assert_eq!(partners, exchanging, "{ranks} ranks, {node_size} on a node");
+        }
     }
 }
