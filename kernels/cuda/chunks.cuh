@@ -1,5 +1,6 @@
 // Tokens in chunks of 64, one a tile, for linear.cu: in which order a block of threads visits them, what their decays make of a state,
-// and the part of a state that one thread of a warpgroup keeps from chunk to chunk. What the macros mean, linear.cu says.
+// and the part of a state that one thread of a warpgroup keeps from chunk to chunk. What the macros mean, linear.cu says; it
+// includes hopper.cuh, wgmma.cuh and segments.cuh before this.
 #pragma once
 
 constexpr int CHUNK = 64;
@@ -60,11 +61,11 @@ DEVICE int chunk_at(int i, int n) {
 
 // One chunk's cumulative log-decays (base 2, inclusive).
 struct ChunkDecay {
-    const float* sums;  // [CHUNK] in shared memory
+    const float* logs;  // [CHUNK] in shared memory
     int valid;          // tokens of this chunk
 
     DEVICE float at(int i) const {
-        return DECAY ? sums[i] : 0.f;
+        return DECAY ? logs[i] : 0.f;
     }
     DEVICE float total() const {
         return at(CHUNK - 1);
@@ -89,7 +90,7 @@ struct ChunkDecay {
 // tile ahead with its loads. `place(i)`: the position in time of the i-th; `room()`: where its sums go, once that is free;
 // `done()`: they are there.
 template <typename Place, typename Room, typename Done>
-DEVICE void load_decays(const Decays& d, const Segment& seg, int first, int lane, Place place, Room room, Done done) {
+DEVICE void load_logs(const Decays& d, const Segment& seg, int first, int lane, Place place, Room room, Done done) {
     const int n = chunks_of(seg);
     const float* base = d.log + seg.batch * d.batch + seg.head * d.head;
     float next[2];

@@ -81,7 +81,7 @@ struct RunParams {
     int entry_row, entry_column;
     // (LOOK_BACK) Of the segments that another follows in this direction the sums, each as the threads of a warpgroup have it,
     // and decays, base 2 [slots]; flags [slots] that tell of them; how many blocks have begun, of this launch and all earlier
-    // ones with the same flags, which begin as zeros.
+    // ones with the same flags, which had as many blocks each. Both were zeros at first and are never reset.
     const Chain* chains;
     float* sums;
     float* decays;
@@ -115,12 +115,72 @@ struct CombineParams {
 
 constexpr int SUM_STAGE = (K_BLOCKS + V_BLOCKS) * BLOCK;
 
+// The tiles from which segments are summed up, of each from the last one that `run` visits to its first, as that then finds the
+// first ones at hand: where y and z lie in the first stage of the ring, and the bytes from stage to stage; their cumulative
+// log-decays [stages, CHUNK]; barriers of each stage.
+struct SumRing {
+    u32 y, z, stride;
+    float* logs;
+    u32 full, empty;
+};
+
+// One thread. `W`: a walk over the ring's stages.
+template <int Stages, typename W>
+DEVICE void load_sum_tiles(const SumRing& ring, W& w, const TensorMap* y, const TensorMap* z, const Segment& seg, u64 policy) {
+    const int n = chunks_of(seg);
+    for (int i = n - 1; i >= 0; --i) {
+        const int token = seg.start + chunk_at(i, n) * CHUNK;
+        const u32 at = w.stage * ring.stride, bar = ring.full + 8 * w.stage;
+        barrier_wait(ring.empty + 8 * w.stage, w.phase ^ 1);
+        barrier_expect(bar, SUM_STAGE);
+        load_tile(y, ring.y + at, K_BLOCKS, bar, token, seg, policy);
+        load_tile(z, ring.z + at, V_BLOCKS, bar, token, seg, policy);
+        w.template next<Stages>();
+    }
+}
+
+// One warp.
+template <int Stages, typename W>
+DEVICE void load_sum_logs(const SumRing& ring, W& w, const Decays& decay, const Segment& seg, int lane) {
+    const int n = chunks_of(seg);
+    const auto place = [&](int i) { return chunk_at(n - 1 - i, n); };
+    const auto room = [&] {
+        barrier_wait(ring.empty + 8 * w.stage, w.phase ^ 1);
+        return ring.logs + w.stage * CHUNK;
+    };
+    const auto done = [&] {
+        warp_arrives(ring.full + 8 * w.stage, lane);
+        w.template next<Stages>();
+    };
+    load_logs(decay, seg, 0, lane, place, room, done);
+}
+
+// A warpgroup: `state` becomes the sum. The sum of the segment's log-decays.
+template <int Stages, typename W, typename S>
+DEVICE float sum_up(const SumRing& ring, W& w, S& state, const Segment& seg, int warp, int lane) {
+    state.clear();
+    const int n = chunks_of(seg);
+    float total = 0.f;
+    for (int i = n - 1; i >= 0; --i) {
+        const int token = seg.start + chunk_at(i, n) * CHUNK;
+        const u32 at = w.stage * ring.stride;
+        barrier_wait(ring.full + 8 * w.stage, w.phase);
+        const ChunkDecay decay{ring.logs + w.stage * CHUNK, min(CHUNK, seg.end - token)};
+        state.template update<true>(ring.y + at, ring.z + at, decay, total, warp, lane);
+        total += decay.total();
+        warp_arrives(ring.empty + 8 * w.stage, lane);
+        w.template next<Stages>();
+    }
+    return total;
+}
+
 extern "C" __global__ void __launch_bounds__(256, 1) summarize(const __grid_constant__ SummarizeParams p) {
     extern __shared__ char raw[];
     const u32 tiles = (shared_address(raw) + 1023) & ~1023u;
-    __shared__ float sums[SUM_STAGES * CHUNK];
+    __shared__ float logs[SUM_STAGES * CHUNK];
     __shared__ u64 bars[2 * SUM_STAGES];
     const u32 full = shared_address(bars), empty = full + 8 * SUM_STAGES;
+    const SumRing ring{tiles, tiles + K_BLOCKS * BLOCK, SUM_STAGE, logs, full, empty};
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < SUM_STAGES; ++i) {
@@ -131,62 +191,22 @@ extern "C" __global__ void __launch_bounds__(256, 1) summarize(const __grid_cons
     }
     __syncthreads();
     const int from = p.first[blockIdx.x], to = p.first[blockIdx.x + 1];
+    Walk w;
     if (threadIdx.x < 128) {
-        if (warp == 0 && lane == 0) {
-            Walk w;
-            const u64 policy = evict_last();  // `run` wants y and z again
-            for (int s = from; s < to; ++s) {
-                const Segment seg = p.segments[s];
-                if (!(seg.flags & p.which)) continue;
-                const int n = chunks_of(seg);
-                for (int i = 0; i < n; ++i) {
-                    const int token = seg.start + chunk_at(n - 1 - i, n) * CHUNK;
-                    const u32 tile = tiles + w.stage * SUM_STAGE, bar = full + 8 * w.stage;
-                    barrier_wait(empty + 8 * w.stage, w.phase ^ 1);
-                    barrier_expect(bar, SUM_STAGE);
-                    load_tile(&p.y, tile, K_BLOCKS, bar, token, seg, policy);
-                    load_tile(&p.z, tile + K_BLOCKS * BLOCK, V_BLOCKS, bar, token, seg, policy);
-                    w.next<SUM_STAGES>();
-                }
-            }
-        } else if (DECAY && warp == 1) {
-            Walk w;
-            for (int s = from; s < to; ++s) {
-                const Segment seg = p.segments[s];
-                if (!(seg.flags & p.which)) continue;
-                const int n = chunks_of(seg);
-                const auto place = [&](int i) { return chunk_at(n - 1 - i, n); };
-                const auto room = [&] {
-                    barrier_wait(empty + 8 * w.stage, w.phase ^ 1);
-                    return sums + w.stage * CHUNK;
-                };
-                const auto done = [&] {
-                    warp_arrives(full + 8 * w.stage, lane);
-                    w.next<SUM_STAGES>();
-                };
-                load_decays(p.decay, seg, 0, lane, place, room, done);
-            }
+        const bool tiles_are_mine = warp == 0 && lane == 0, logs_are_mine = DECAY && warp == 1;
+        const u64 policy = evict_last();  // `run` wants y and z again
+        for (int s = from; s < to; ++s) {
+            const Segment seg = p.segments[s];
+            if (!(seg.flags & p.which)) continue;
+            if (tiles_are_mine) load_sum_tiles<SUM_STAGES>(ring, w, &p.y, &p.z, seg, policy);
+            if (logs_are_mine) load_sum_logs<SUM_STAGES>(ring, w, p.decay, seg, lane);
         }
     } else {
-        Walk w;
         for (int s = from; s < to; ++s) {
             const Segment seg = p.segments[s];
             if (!(seg.flags & p.which)) continue;
             State<K_BLOCKS, 64 * V_BLOCKS> state;
-            state.clear();
-            const int n = chunks_of(seg);
-            float total = 0.f;
-            for (int i = 0; i < n; ++i) {
-                const int token = seg.start + chunk_at(n - 1 - i, n) * CHUNK;
-                const u32 tile = tiles + w.stage * SUM_STAGE;
-                barrier_wait(full + 8 * w.stage, w.phase);
-                const ChunkDecay decay{sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
-                // From the last tile of `run` to its first, as it then finds the first ones in the L2 cache.
-                state.update<true>(tile, tile + K_BLOCKS * BLOCK, decay, total, warp, lane);
-                total += decay.total();
-                warp_arrives(empty + 8 * w.stage, lane);
-                w.next<SUM_STAGES>();
-            }
+            const float total = sum_up<SUM_STAGES>(ring, w, state, seg, warp, lane);
             state.scale(p.scale);
             state.write(p.sums + (long long)seg.slot * p.dk * p.dv, p.dk, p.dv, warp, lane);
             if (threadIdx.x == 128) p.decays[seg.slot] = total;
@@ -407,14 +427,26 @@ struct Block {
     bool kept;
     int sum_stage;
     u32 tiles, snapshots;
-    float* sums;       // cumulative log-decays of the tiles, [STAGES, CHUNK]
+    float* logs;       // cumulative log-decays of the tiles, [STAGES, CHUNK]
     float* pair_sums;  // see Work
     // Barriers, of each stage: tiles have come, may be overwritten; (LOOK_BACK) the same while segments are summed up.
     u32 full, empty, sum_full, sum_empty;
     // Of each snapshot: it is there, no longer needed. Of each piece of a state that enters: it has come.
     u32 ready, taken, entered;
     int warp, lane, thread;  // of the warpgroup
+
+    DEVICE SumRing sum_ring() const {
+        return {tiles + Y_AT, tiles + Z_AT, STAGE, logs, sum_full, sum_empty};
+    }
 };
+
+// (LOOK_BACK) Until no stage of the ring is any longer needed for sums; `w`: the walk that has loaded them.
+DEVICE void until_free(const Block& block, WalkBack& w) {
+    for (int i = 0; i < STAGES; ++i) {
+        barrier_wait(block.sum_empty + 8 * w.stage, w.phase ^ 1);
+        w.next<STAGES>();
+    }
+}
 
 // One thread. y and z for the sums, from the last tile to the first; then all that the outputs want.
 DEVICE void load_tiles(const RunParams& p, const Block& block) {
@@ -423,22 +455,9 @@ DEVICE void load_tiles(const RunParams& p, const Block& block) {
         const u64 policy = evict_last();
         for (int s = block.from; s < block.to; ++s) {
             const Segment seg = p.segments[s];
-            if (!(seg.flags & p.left)) continue;
-            const int n = chunks_of(seg);
-            for (int i = n - 1; i >= 0; --i) {
-                const int token = seg.start + chunk_at(i, n) * CHUNK;
-                const u32 tile = block.tiles + w.stage * STAGE, bar = block.sum_full + 8 * w.stage;
-                barrier_wait(block.sum_empty + 8 * w.stage, w.phase ^ 1);
-                barrier_expect(bar, SUM_STAGE);
-                load_tile(&p.y, tile + Y_AT, K_BLOCKS, bar, token, seg, policy);
-                load_tile(&p.z, tile + Z_AT, V_BLOCKS, bar, token, seg, policy);
-                w.next<STAGES>();
-            }
+            if (seg.flags & p.left) load_sum_tiles<STAGES>(block.sum_ring(), w, &p.y, &p.z, seg, policy);
         }
-        for (int i = 0; i < STAGES && !block.kept; ++i) {
-            barrier_wait(block.sum_empty + 8 * w.stage, w.phase ^ 1);
-            w.next<STAGES>();
-        }
+        if (!block.kept) until_free(block, w);
     }
     Walk w;
     for (int s = block.from; s < block.to; ++s) {
@@ -461,33 +480,20 @@ DEVICE void load_tiles(const RunParams& p, const Block& block) {
     }
 }
 
-// One warp, beside the tiles.
+// One warp: the log-decays of what `load_tiles` loads.
 DEVICE void load_decays(const RunParams& p, const Block& block) {
     if (LOOK_BACK) {
         WalkBack w{block.sum_stage};
-        const auto room = [&] {
-            barrier_wait(block.sum_empty + 8 * w.stage, w.phase ^ 1);
-            return block.sums + w.stage * CHUNK;
-        };
-        const auto done = [&] {
-            warp_arrives(block.sum_full + 8 * w.stage, block.lane);
-            w.next<STAGES>();
-        };
         for (int s = block.from; s < block.to; ++s) {
             const Segment seg = p.segments[s];
-            if (!(seg.flags & p.left)) continue;
-            const int n = chunks_of(seg);
-            load_decays(p.decay, seg, 0, block.lane, [&](int i) { return chunk_at(n - 1 - i, n); }, room, done);
+            if (seg.flags & p.left) load_sum_logs<STAGES>(block.sum_ring(), w, p.decay, seg, block.lane);
         }
-        for (int i = 0; i < STAGES && !block.kept; ++i) {
-            room();
-            w.next<STAGES>();
-        }
+        if (!block.kept) until_free(block, w);
     }
     Walk w;
     const auto room = [&] {
         barrier_wait(block.empty + 8 * w.stage, w.phase ^ 1);
-        return block.sums + w.stage * CHUNK;
+        return block.logs + w.stage * CHUNK;
     };
     const auto done = [&] {
         warp_arrives(block.full + 8 * w.stage, block.lane);
@@ -497,11 +503,12 @@ DEVICE void load_decays(const RunParams& p, const Block& block) {
         const Segment seg = p.segments[s];
         const int n = chunks_of(seg), there = block.kept ? min(STAGES, n) : 0;
         for (int i = 0; i < there; ++i) done();
-        load_decays(p.decay, seg, there, block.lane, [&](int i) { return chunk_at(i, n); }, room, done);
+        load_logs(p.decay, seg, there, block.lane, [&](int i) { return chunk_at(i, n); }, room, done);
     }
 }
 
 typedef State<K_BLOCKS, 64 * V_BLOCKS> RunState;
+static_assert(INTRA || !LOOK_BACK, "what comes late has been summed up");
 static_assert(K_BLOCKS * RunState::PIECE == 2 * SNAPSHOT, "a state in f32 has room in the two snapshots");
 
 // (LOOK_BACK) The sums of this block's segments, for the blocks after it.
@@ -511,19 +518,7 @@ DEVICE void show_sums(const RunParams& p, const Block& block) {
         const Segment seg = p.segments[s];
         if (!(seg.flags & p.left)) continue;
         RunState sum;
-        sum.clear();
-        const int n = chunks_of(seg);
-        float total = 0.f;
-        for (int i = n - 1; i >= 0; --i) {
-            const int token = seg.start + chunk_at(i, n) * CHUNK;
-            const u32 tile = block.tiles + w.stage * STAGE;
-            barrier_wait(block.sum_full + 8 * w.stage, w.phase);
-            const ChunkDecay decay{block.sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
-            sum.update<true>(tile + Y_AT, tile + Z_AT, decay, total, block.warp, block.lane);
-            total += decay.total();
-            warp_arrives(block.sum_empty + 8 * w.stage, block.lane);
-            w.next<STAGES>();
-        }
+        const float total = sum_up<STAGES>(block.sum_ring(), w, sum, seg, block.warp, block.lane);
         sum.scale(p.sum_scale);
         sum.write_pieces(p.sums + (long long)seg.slot * K_BLOCKS * (RunState::PIECE / 4), block.thread);
         if (DECAY && block.thread == 0) p.decays[seg.slot] = total;
@@ -545,8 +540,8 @@ DEVICE void add_sums_before(const RunParams& p, const Block& block, RunState& st
             fence_async_global();
         }
         barrier_expect(block.entered + 8 * b, RunState::PIECE);
-        bulk_load(block.snapshots + b * RunState::PIECE, p.sums + ((long long)slot(i) * K_BLOCKS + b) * (RunState::PIECE / 4),
-                  block.entered + 8 * b, RunState::PIECE);
+        const float* piece = p.sums + ((long long)slot(i) * K_BLOCKS + b) * (RunState::PIECE / 4);
+        bulk_load(block.snapshots + b * RunState::PIECE, piece, block.entered + 8 * b, RunState::PIECE);
     };
     if (block.thread == 0)
         for (int b = 0; b < K_BLOCKS; ++b) load(0, b);
@@ -565,7 +560,8 @@ DEVICE void add_sums_before(const RunParams& p, const Block& block, RunState& st
 }
 
 // The state that enters `seg`, which `combine` has left, also by way of the snapshots.
-DEVICE void read_entry(const RunParams& p, const Block& block, RunState& state, const Segment& seg, u32& parity, const float* snapshots) {
+DEVICE void read_entry(const RunParams& p, const Block& block, RunState& state, const Segment& seg, u32& parity,
+                       const float* snapshots) {
     if (block.thread == 0) {
         const u32 bytes = 4 * p.rows * p.columns;
         barrier_expect(block.entered, bytes);
@@ -614,7 +610,7 @@ DEVICE void keep_state(const RunParams& p, const Block& block, const float* snap
             barrier_arrive(block.ready + 8 * slot);
             const u32 tile = block.tiles + w.stage * STAGE;
             barrier_wait(block.full + 8 * w.stage, w.phase);
-            const ChunkDecay decay{block.sums + w.stage * CHUNK, min(CHUNK, seg.end - token)};
+            const ChunkDecay decay{block.logs + w.stage * CHUNK, min(CHUNK, seg.end - token)};
             if (!INTRA)
                 state.scale(exp2_fast(decay.total()));
             else if (i + 1 < n)
@@ -644,7 +640,7 @@ DEVICE void make_outputs(const RunParams& p, const Block& block, int mine) {
             if (block.kept && i < STAGES) barrier_wait(block.sum_full + 8 * stage, (n - 1 - i) / STAGES & 1);
             const Work work{
                 seg,
-                {block.sums + stage * CHUNK, min(CHUNK, seg.end - token)},
+                {block.logs + stage * CHUNK, min(CHUNK, seg.end - token)},
                 token,
                 block.snapshots + slot * SNAPSHOT,
                 block.tiles + EXCHANGE_AT,
@@ -667,14 +663,14 @@ DEVICE void make_outputs(const RunParams& p, const Block& block, int mine) {
 
 extern "C" __global__ void __launch_bounds__(512, 1) run(const __grid_constant__ RunParams p) {
     extern __shared__ char raw[];
-    __shared__ float sums[STAGES * CHUNK];
+    __shared__ float logs[STAGES * CHUNK];
     __shared__ float pair_sums[DOTS && DUAL ? 5 * CHUNK : 1];
     __shared__ u64 bars[4 * STAGES + 6];
     __shared__ u32 place[2];  // (LOOK_BACK) which block of its launch has begun, and which launch, from 1
     Block block;
     block.tiles = (shared_address(raw) + 1023) & ~1023u;
     block.snapshots = block.tiles + STAGES * STAGE;
-    block.sums = sums;
+    block.logs = logs;
     block.pair_sums = pair_sums;
     block.full = shared_address(bars);
     block.empty = block.full + 8 * STAGES;

@@ -38,7 +38,7 @@ DEVICE void tell(u32* flag, u32 value) {
 
 // Blocks run one after another.
 DEVICE void wait_for(const u32* flag, u32 value) {
-    if (*flag != value) emulator::fail("a block waits for one that has not begun");
+    if (*flag != value) emulator::fail("a block waits for sums that none before it has shown");
 }
 
 DEVICE float load_fresh(const float* from) {

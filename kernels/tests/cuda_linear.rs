@@ -8,7 +8,7 @@ mod emulator;
 use common::{Case, SCALE, chained, milliseconds, naive, naive_is_the_recurrence, on, poison, twice};
 use emulator::{few, in_order, slow};
 use kernels::cuda;
-use kernels::cuda::linear::{Fused, LINEAR, Variant, supports};
+use kernels::cuda::linear::{Fused, LINEAR, Variant, looks_back, supports};
 use kernels::linear::chunkwise::Chunkwise;
 use kernels::linear::{Inputs, Piece, StateMixer};
 use kernels::testing::{assert_close, randn, relative_rms, rms};
@@ -111,6 +111,41 @@ fn as_good_as_naive_bf16_with_a_decay_per_token() {
     as_good_as_naive_bf16("token strong");
 }
 
+/// What is asked of a call: before its passes run, so that they come apart; afterwards; or nothing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Asked {
+    Before,
+    After,
+    Never,
+}
+
+/// A call without states from outside: those saved, but for zeros; o, the gradients; and the state at the first document's end.
+fn alone(x: &Inputs, d_o: &Tensor, documents: &[i64], asked: Asked) -> (Vec<Tensor>, Option<Tensor>) {
+    let piece = |&tokens: &i64| Piece { tokens, enters: asked == Asked::Before, leaves: asked != Asked::Never };
+    let (pieces, nothing): (Vec<_>, Vec<_>) = documents.iter().map(|tokens| (piece(tokens), None)).unzip();
+    assert!(looks_back(x, &pieces).unwrap());
+    poison(x.q.device());
+    let mut segment = mixer().forward_pieces(x, &pieces, &nothing).unwrap();
+    let mut end = (asked == Asked::Before).then(|| segment.summarize(0).unwrap().state);
+    segment.run().unwrap();
+    let saved = segment.take_saved().unwrap().unwrap();
+    if asked == Asked::After {
+        end = Some(segment.summarize(0).unwrap().state);
+    }
+    // Chains that have states only because these were asked for begin with zero.
+    let rows = |saved: &Tensor| saved.abs().amax([1, 2].as_slice(), false).nonzero().squeeze_dim(-1);
+    let mut all: Vec<_> = saved.iter().map(|saved| saved.index_select(0, &rows(saved))).collect();
+    all.push(segment.finish().unwrap());
+    let mut segment = mixer().backward_pieces(x, &pieces, &nothing, d_o, Some(saved)).unwrap();
+    if asked == Asked::Before {
+        segment.summarize_grad(0).unwrap();
+    }
+    let grads = segment.finish().unwrap();
+    all.extend([grads.dq, grads.dk, grads.dv]);
+    all.extend(grads.dlog_decay);
+    (all, end)
+}
+
 /// Passes that take states from the blocks before them against the same ones after `summarize` and `combine`: every bit, launch
 /// after launch.
 #[test]
@@ -127,60 +162,35 @@ fn looking_back_changes_no_bit() {
         (of(1, 200, 1, 192, 256), vec![200]),
     ];
     if !few(device) {
-        cases.extend([16, 24, 9].map(|h| (of(1, 16000, h, 128, 128), vec![16000])));
+        // The fourth has two chunks a block, fewer than the stages of the ring.
+        cases.extend([(16000, 16), (16000, 24), (16000, 9), (1100, 16)].map(|(t, h)| (of(1, t, h, 128, 128), vec![t])));
         cases.push((of(2, 9000, 8, 128, 64), vec![100, 8000, 900]));
     }
     for (case, documents) in cases {
         for decay in ["none", "token"] {
             let x = on(&common::inputs(Kind::BFloat16, decay, case), device);
             let d_o = randn(5, &x.v.size()).to_kind(Kind::BFloat16).to_device(device);
-            let run = |asked: bool| {
-                let piece = |&tokens: &i64| Piece { tokens, enters: asked, leaves: asked };
-                let (pieces, nothing) = (
-                    documents.iter().map(piece).collect::<Vec<_>>(),
-                    documents.iter().map(|_| None).collect::<Vec<_>>(),
-                );
-                poison(device);
-                let mut segment = mixer().forward_pieces(&x, &pieces, &nothing).unwrap();
-                if asked {
-                    segment.summarize(0).unwrap();
-                }
-                segment.run().unwrap();
-                // States of chains that have some only because they were asked for are zero.
-                let saved = segment.take_saved().unwrap().unwrap();
-                let mut all: Vec<_> = saved.iter().map(|saved| saved.abs().sum(Kind::Double)).collect();
-                all.push(segment.finish().unwrap());
-                let mut segment = mixer().backward_pieces(&x, &pieces, &nothing, &d_o, Some(saved)).unwrap();
-                if asked {
-                    segment.summarize_grad(0).unwrap();
-                }
-                let grads = segment.finish().unwrap();
-                all.extend([grads.dq, grads.dk, grads.dv]);
-                all.extend(grads.dlog_decay);
-                all
-            };
-            // A state may come that nobody has announced.
-            let late = || {
-                let piece = |&tokens: &i64| Piece { tokens, enters: true, leaves: false };
-                let (pieces, nothing) = (
-                    documents.iter().map(piece).collect::<Vec<_>>(),
-                    documents.iter().map(|_| None).collect::<Vec<_>>(),
-                );
-                poison(device);
-                let mut segment = mixer().forward_pieces(&x, &pieces, &nothing).unwrap();
-                segment.run().unwrap();
-                segment.add_entry(0, &case.state(6, device).zeros_like()).unwrap();
-                segment.finish().unwrap()
-            };
-            let apart = run(true);
-            assert!(late().equal(&apart[apart.len() - 4 - usize::from(decay != "none")]), "{decay}, {case:?}, late");
-            for again in 0..3 {
-                let together = if slow(device) { in_order(again, || run(false)) } else { run(false) };
-                assert_eq!(together.len(), apart.len());
+            let (apart, end) = alone(&x, &d_o, &documents, Asked::Before);
+            for (again, asked) in [(0, Asked::Never), (1, Asked::After), (2, Asked::Never)] {
+                let run = || alone(&x, &d_o, &documents, asked);
+                let (together, its_end) = if slow(device) { in_order(again, run) } else { run() };
+                let name = format!("{decay}, {case:?}, {documents:?}, launch {again}");
+                assert_eq!(together.len(), apart.len(), "{name}");
                 for (i, (together, apart)) in together.iter().zip(&apart).enumerate() {
-                    assert!(together.equal(apart), "result {i}, {decay}, {case:?}, {documents:?}, launch {again}");
+                    assert!(together.equal(apart), "result {i}, {name}");
                 }
+                assert!(its_end.is_none_or(|its_end| its_end.equal(end.as_ref().unwrap())), "end, {name}");
             }
+
+            // A state may come that nobody has announced.
+            let piece = |&tokens: &i64| Piece { tokens, enters: true, leaves: false };
+            let (pieces, nothing): (Vec<_>, Vec<_>) = documents.iter().map(|tokens| (piece(tokens), None)).unzip();
+            poison(device);
+            let mut segment = mixer().forward_pieces(&x, &pieces, &nothing).unwrap();
+            segment.run().unwrap();
+            segment.add_entry(0, &case.state(6, device).zeros_like()).unwrap();
+            let o = segment.finish().unwrap();
+            assert!(apart.iter().any(|apart| apart.size() == o.size() && apart.equal(&o)), "{decay}, {case:?}, late");
         }
     }
 }
@@ -202,8 +212,9 @@ fn time() {
         let x = || Tensor::randn([1, t, 16, 128], (Kind::BFloat16, device));
         let inputs = Inputs::new(&x(), &x(), &x(), None).unwrap();
         let d_o = x();
+        let whole = [Piece { tokens: t, enters: false, leaves: false }];
         let forward = || {
-            let mut segment = mixer.forward(&inputs, None).unwrap();
+            let mut segment = mixer.forward_pieces(&inputs, &whole, &[None]).unwrap();
             segment.run().unwrap();
             segment.finish().unwrap()
         };

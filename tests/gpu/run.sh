@@ -70,7 +70,8 @@ sanitizer() {
   }
   export -f go
   for tool in racecheck memcheck; do
-    for of in 'cuda_linear without_decay' 'cuda_linear per_head' 'cuda_linear per_token' 'cuda_linear layouts' cuda_packed cuda \
+    for of in 'cuda_linear without_decay' 'cuda_linear per_head' 'cuda_linear per_token' 'cuda_linear layouts' 'cuda_linear looking' \
+      cuda_packed cuda \
       'cuda_mma naive_bf16' 'cuda_mma naive_f16' 'cuda_mma f32_to' 'cuda_mma documents' 'cuda_mma layouts'; do
       echo "$tool $of"
     done

@@ -22,6 +22,11 @@ pub fn supports(x: &Inputs) -> bool {
         && gpu(x.q.device()).is_ok_and(|gpu| (gpu.major, gpu.minor) == (9, 0))
 }
 
+/// Whether one launch makes the outputs of such a call, and one dk and dv, when no state enters a piece and none was asked for.
+pub fn looks_back(x: &Inputs, pieces: &[Piece]) -> Result<bool> {
+    Ok(Hopper::looks_back(&Hopper::call(x, pieces)?))
+}
+
 /// These kernels, and another mixer for what they do not take.
 pub type Fused<M> = segments::Fused<Hopper, M>;
 
@@ -65,7 +70,7 @@ impl Family for Hopper {
         Ok((call.combine_kernel(dk, dv)?, vec![dk * dv]))
     }
 
-    /// A block adds up the sums of all before it in its chain, and waits for them.
+    /// Where chains are short: a block adds up the sums of all before it in its chain, which takes about a microsecond each.
     fn looks_back(call: &Call<Self>) -> bool {
         (2..=LONGEST).contains(&call.plan.longest)
     }
@@ -81,6 +86,7 @@ impl Family for Hopper {
             out2: None,
             transposed: false,
             entry_scale: 1.0,
+            sum_scale: 1.0,
             dots: None,
             pairs: None,
         };
@@ -103,6 +109,7 @@ impl Family for Hopper {
             out2: None,
             transposed: true,
             entry_scale: 1.0,
+            sum_scale: 1.0,
             dots,
             pairs: None,
         };
@@ -122,6 +129,7 @@ impl Family for Hopper {
             out2: Some(dk),
             transposed: false,
             entry_scale: 1.0 / x.scale,
+            sum_scale: x.scale,
             dots: keys.as_ref(),
             pairs: pairs.as_ref(),
         };

@@ -2,8 +2,8 @@
 //! its passes, and the states between them.
 //!
 //! Each family's source has the same kernels: `summarize` sums up segments, `combine` turns the sums into the states that enter
-//! them, `run` starts from these and makes o, dq, or dk and dv. Where a family can, and nobody else asks for the states, `run` does
-//! it all ([`Family::looks_back`]). [`Family`] is how a family launches its own. [`plan`] cuts the
+//! them, `run` starts from these and makes o, dq, or dk and dv. Where a family can, and nobody else asks for the states, `run`
+//! does it all ([`Family::looks_back`]). [`Family`] is how a family launches its own. [`plan`] cuts the
 //! tokens of all documents among the multiprocessors, [`states`] has what passes leave for each other, [`forward`] and
 //! [`backward`] call them, for all documents at once. States leave a pass only between segments, never every few tokens.
 
@@ -53,8 +53,8 @@ pub trait Family: Sized + Send + 'static {
     ) -> Result<()>;
     /// The kernel `combine`, and how its parameters give the sizes of a state.
     fn combine(call: &Call<Self>, dk: i64, dv: i64) -> Result<(Kernel, Vec<i64>)>;
-    /// Whether [`Family::output`] and [`Family::keys`] can make the entries themselves ([`Pass::looks_back`]) where no state comes from
-    /// outside, and are quicker then.
+    /// Whether [`Family::output`] and [`Family::keys`] can make the entries themselves ([`Pass::looks_back`]) where no state comes
+    /// from outside, and are quicker then.
     fn looks_back(call: &Call<Self>) -> bool;
     /// o. `late`: only what entering states add, to the tokens of pieces that one enters.
     fn output(call: &Call<Self>, x: &Pass, late: bool, o: Out) -> Result<()>;
@@ -84,11 +84,11 @@ pub struct Pass<'a> {
 /// What is known of the states that enter a pass's segments.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Enters {
-    /// They are those of other segments, which have been summed up,
+    /// All of them, and they come from other segments.
     Known,
-    /// and some are from outside.
+    /// All of them, and some come from outside.
     FromOutside,
-    /// They are those of other segments, which the pass is to sum up.
+    /// Only that they come from other segments, which the pass is to sum up.
     Unknown,
 }
 

@@ -67,8 +67,9 @@ pub struct Plan {
     /// Segments of the longest chain.
     pub longest: i64,
     /// By which the blocks of one launch tell each other how far they are: a counter of 64 bits, and 32 bits a slot. Zeros at
-    /// first; whoever uses them leaves them as the next launch finds them.
+    /// first, and never reset: every launch that uses them is of all segments, with as many blocks, on `stream`.
     pub signals: Tensor,
+    pub stream: usize,
 }
 
 /// The tables before they are sent to a device.
@@ -170,8 +171,11 @@ impl Tables {
         self.entered_first.resize(blocks as usize + 1, self.entered.len() as i32);
     }
 
-    fn send(&self, device: Device) -> Result<Plan> {
+    fn send(&self, device: Device, stream: usize) -> Result<Plan> {
+        // First, as the counter's address is to be a multiple of 8.
+        let signals = vec![0; 2 + self.slots as usize];
         let tables = [
+            &signals,
             self.segments.as_flattened(),
             self.entered.as_flattened(),
             self.chains.as_flattened(),
@@ -185,7 +189,7 @@ impl Tables {
             start += numbers.len() as i64;
             Ok(part)
         };
-        let [segments, entered, chains, first, entered_first] = tables.map(&mut next);
+        let [signals, segments, entered, chains, first, entered_first] = tables.map(&mut next);
         let work = |segments: Tensor, count: usize, first: Tensor| {
             let blocks = first.size()[0] as u32 - 1;
             Work { segments, first, count: count as u32, blocks }
@@ -198,14 +202,14 @@ impl Tables {
             slots: i64::from(self.slots),
             flags: self.segments.iter().fold(0, |flags, segment| flags | segment[4]),
             longest: self.chains.iter().map(|chain| i64::from(chain[1])).max().unwrap_or(0),
-            signals: Tensor::f_zeros([2 + i64::from(self.slots)], (Kind::Int, device))?,
+            signals: signals?,
+            stream,
         })
     }
 }
 
 struct Kept {
     device: Device,
-    stream: usize,
     cut: Cut,
     pieces: Vec<Piece>,
     plan: Plan,
@@ -223,14 +227,15 @@ impl Plan {
         let plans = PLANS.get_or_init(Mutex::default);
         let take = || {
             let mut plans = lock(plans);
-            let same =
-                |kept: &Kept| (kept.device, kept.stream, kept.cut) == (device, stream, cut) && kept.pieces == pieces;
+            let same = |kept: &Kept| {
+                (kept.device, kept.plan.stream, kept.cut) == (device, stream, cut) && kept.pieces == pieces
+            };
             plans.iter().position(same).map(|at| plans.remove(at))
         };
         // Not under the lock: the copy to a device may wait for other ranks, which may be threads that want plans too.
         let kept = match take() {
             Some(kept) => kept,
-            None => Kept { device, stream, cut, pieces: pieces.to_vec(), plan: tables(cut, pieces).send(device)? },
+            None => Kept { device, cut, pieces: pieces.to_vec(), plan: tables(cut, pieces).send(device, stream)? },
         };
         let mut plans = lock(plans);
         let plan = kept.plan.shallow_clone();
