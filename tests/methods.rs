@@ -58,7 +58,7 @@ fn a_ring_skips_blocks_that_nobody_sees() -> Result<()> {
     let computed = |layout: LayoutKind, documents: Option<&[i64]>| -> Result<Vec<usize>> {
         local::run(4, |group| -> Result<usize> {
             let plan = Plan::new(Layout::new(layout, 32, group.size())?, documents, group.rank())?;
-            let (linear, attention) = (method::linear("lasp2", &group)?, method::attention("ring")?);
+            let (linear, attention) = (method::linear("lasp2", &group)?, method::softmax("ring", &group)?);
             let x = randn(35, &[1, plan.tokens(), 2, 4]);
             let recorder = group.recorder().clone();
             let shard = Shard { group, plan, linear, attention: attention.clone() };

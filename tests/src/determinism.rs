@@ -87,7 +87,7 @@ fn sizes() -> Sizes {
 }
 
 fn shard(group: &Group, layout: LayoutKind, linear: LinearMethod, attention: &str) -> Result<Arc<Shard>> {
-    let (plan, attention) = (plan(group, &sizes(), layout)?, method::attention(attention)?);
+    let (plan, attention) = (plan(group, &sizes(), layout)?, method::softmax(attention, group)?);
     Ok(Arc::new(Shard { group: group.clone(), plan, linear, attention }))
 }
 

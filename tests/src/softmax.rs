@@ -81,7 +81,7 @@ impl SoftmaxCase {
         for name in method::ATTENTIONS {
             let attention: Arc<dyn Attention> = match *name {
                 "lasp2h" => Arc::new(Lasp2h { stages: 2 }),
-                name => method::attention(name)?,
+                name => method::softmax(name, group)?,
             };
             for layout in LAYOUTS {
                 if *name == "ulysses" && self.sizes.h % group.size() as i64 != 0 {
@@ -202,7 +202,7 @@ impl Bf16SoftmaxCase {
         {
             for layout in LAYOUTS {
                 let plan = plan(group, &self.sizes, layout)?;
-                let (linear, attention) = (method::linear("lasp2", group)?, method::attention(name)?);
+                let (linear, attention) = (method::linear("lasp2", group)?, method::softmax(name, group)?);
                 let [q, k, v, d_o] = Self::tensors(&self.sizes).map(|x| share(group, &plan, &x).expect("a share"));
                 let shard = Shard { group: group.clone(), plan, linear, attention: attention.clone() };
                 let forward = attention.forward(&shard, &Inputs::new(&q, &k, &v, BF16_SCALE, true)?)?;

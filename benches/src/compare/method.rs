@@ -131,9 +131,8 @@ impl Entrant {
             Mixer::Linear => (method.name.as_str(), options.config.parallel.softmax_method.as_str()),
             Mixer::Softmax => (options.config.parallel.linear_method.as_str(), method.name.as_str()),
         };
-        method::connect(group, linear, softmax)?;
         let linear = method::linear(linear, group)?;
-        let attention = method::attention(softmax)?;
+        let attention = method::softmax(softmax, group)?;
         let refused = match options.mixer {
             Mixer::Softmax => attention.check(options.config.model.heads, group.size()).err().map(|e| e.to_string()),
             Mixer::Linear if method.is_left_product() && options.learns_decay() => Some(format!(

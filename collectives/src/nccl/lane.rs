@@ -150,8 +150,14 @@ impl Lane {
                 let (peers, found) = Peers::connect(&self.gpu.context, comm, &self.stream, (rank, self.ranks), wanted)?;
                 Met { peers, found }
             }
-            Part::Sender => comm.send(&x, 0, 1, 1, &self.stream).map(|()| Met::default())?,
-            Part::Receiver => comm.recv(&x, 0, 1, 0, &self.stream).map(|()| Met::default())?,
+            Part::Sender => {
+                comm.send(&x, 0, 1, 1, &self.stream)?;
+                Met::default()
+            }
+            Part::Receiver => {
+                comm.recv(&x, 0, 1, 0, &self.stream)?;
+                Met::default()
+            }
         };
         self.stream.record()?.synchronize()?;
         let _ = self.met.set(met);

@@ -27,8 +27,7 @@ pub fn run(task: &Task, world: &Group, layout: Layout, x: Inputs) -> Result<Resu
         Mixer::Linear => (task.method.as_str(), method::ATTENTIONS[0]),
         Mixer::Softmax => (method::SCANS[0], task.method.as_str()),
     };
-    method::connect(world, linear, attention)?;
-    let (linear, attention) = (method::linear(linear, world)?, method::attention(attention)?);
+    let (linear, attention) = (method::linear(linear, world)?, method::softmax(attention, world)?);
     let shard = Shard { group: world.clone(), plan, linear, attention };
     match (task.mixer, &shard.linear) {
         (Mixer::Softmax, _) => softmax(task, &shard, x),

@@ -192,18 +192,21 @@ fn kept_attention(config: &Config, s: &Sizes) -> i64 {
             // Beside it o of this rank's tokens.
             s.b * s.l * whole + o * s.width
         }
-        name => {
-            // The ring keeps the sum of its steps, o before it is rounded.
-            let sums = if name == "ring" && s.width < s.wide { o * s.wide } else { 0 };
-            s.b * s.t * (2 * (s.h + s.kv) * s.k * s.width + s.h * s.wide) + sums
+        _ => {
+            let before_rounding = if summed_width(config, s) > s.width { o * summed_width(config, s) } else { 0 };
+            s.b * s.t * (2 * (s.h + s.kv) * s.k * s.width + s.h * s.wide) + before_rounding
         }
     }
 }
 
 /// o and the log-sum-exp of a layer, where checkpointed ones keep them.
 fn kept_attended(config: &Config, s: &Sizes) -> i64 {
-    let o = if config.parallel.softmax_method == "ring" { s.wide } else { s.width };
-    if attends_once(config) { s.b * s.t * s.h * (s.k * o + s.wide) } else { 0 }
+    if attends_once(config) { s.b * s.t * s.h * (s.k * summed_width(config, s) + s.wide) } else { 0 }
+}
+
+/// Bytes of a number of o as backward has it: the ring's is the sum of its steps, before it is rounded.
+fn summed_width(config: &Config, s: &Sizes) -> i64 {
+    if config.parallel.softmax_method == "ring" { s.wide } else { s.width }
 }
 
 /// Numbers of the decay for a token.

@@ -30,24 +30,30 @@ pub const AUTO: &str = "auto";
 /// GPUs of most nodes.
 const NODE: usize = 8;
 
-/// The scan that `found` names, for the ranks of `group`. Collective: to be called once in a run, on every rank.
+/// The scan that `found` names, for the ranks of `group`, connected. Collective: to be called once in a run, on every rank, before
+/// anything is under way.
 pub fn scan(found: &str, group: &Group) -> Result<Arc<dyn Scan>> {
     decided(found, "parallel.linear_method")?;
     let choice = choose(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
-    Ok(match choice {
+    let scan: Arc<dyn Scan> = match choice {
         Choice::Lasp2(scan) => Arc::new(scan),
         Choice::Truncated(scan) => Arc::new(scan),
         Choice::Lasp1(scan) => Arc::new(scan),
         Choice::AllScan(scan) => Arc::new(scan),
         Choice::Hierarchical { node } => Arc::new(Hierarchical::new(group, node)?),
-    })
+    };
+    scan.connect(group)?;
+    Ok(scan)
 }
 
 /// The method that `found` names, a scan or a left product. Collective as [`scan`] is.
 pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
     decided(found, "parallel.linear_method")?;
     match left_product(found) {
-        Some(method) => Ok(LinearMethod::LeftProduct(method)),
+        Some(method) => {
+            method.connect(group)?;
+            Ok(LinearMethod::LeftProduct(method))
+        }
         None => {
             check_linear(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
             Ok(LinearMethod::Scan(scan(found, group)?))
@@ -55,27 +61,11 @@ pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
     }
 }
 
-/// How far from a rank others are to which truncated scans are prepared to send. Decays that let states reach farther make no
-/// truncated scan worth its name.
-const REACH: usize = 8;
-
-/// Makes ready what layers under these two methods send by, as [`Group::connect`] says; [`linear`] does the rest for the hierarchical scan.
-/// Collective, before anything is under way.
-pub fn connect(group: &Group, linear: &str, softmax: &str) -> Result<()> {
-    let (rank, size) = (group.rank(), group.size());
-    // Ranks up to so far away, both ways.
-    let near = match choose(linear) {
-        Ok(Choice::Lasp1(_) | Choice::AllScan(_)) => 1,
-        Ok(Choice::Truncated(_)) => REACH,
-        _ => 0,
-    };
-    let near = rank.saturating_sub(near)..size.min(rank + near + 1);
-    let (mut to, mut from): (Vec<_>, Vec<_>) = (near.clone().collect(), near.collect());
-    if linear == "ring_left_product" || softmax == "ring" {
-        to.push((rank + 1) % size);
-        from.push((rank + size - 1) % size);
-    }
-    Ok(group.connect(&to, &from)?)
+/// The method that `found` names for softmax layers. Collective as [`scan`] is.
+pub fn softmax(found: &str, group: &Group) -> Result<Arc<dyn Attention>> {
+    let method = attention(found)?;
+    method.connect(group)?;
+    Ok(method)
 }
 
 /// What the plan's rank moves for one linear layer under the method that `found` names. No group is needed.

@@ -2,7 +2,7 @@
 //! the block of rank t - s; while it works on it, that block is on its way to rank t + 1 and the next one on its way here.
 //! What a block is, and what is done with it, is left to the methods.
 
-use collectives::Pending;
+use collectives::{Group, Pending};
 use tch::{Device, Kind, Tensor};
 
 use super::{Result, Shard};
@@ -41,6 +41,12 @@ impl<'a> Ring<'a> {
         let shape = [&[self.rows[owner]], self.rest.as_slice()].concat();
         Ok(self.shard.group.recv_on(self.device, &shape, kind, self.back(1))?)
     }
+}
+
+/// For what goes round on the ranks of `group`.
+pub(super) fn connect(group: &Group) -> Result<()> {
+    let (rank, size) = (group.rank(), group.size());
+    Ok(group.connect(&[(rank + 1) % size], &[(rank + size - 1) % size])?)
 }
 
 /// Keys and values, or their gradients, as one block: `[B, T, heads, K]` and `[B, T, heads, V]` to `[T, B, heads, K + V]`.

@@ -84,9 +84,8 @@ impl Trainer {
         let model = Model::new(&config.model, kind, config.train.seed, device)?;
         let optimizer = AdamW::new(config.optimizer.clone(), &model.params)?;
         mesh.world.connect(&[], &[])?;
-        method::connect(&mesh.sp, &config.parallel.linear_method, &config.parallel.softmax_method)?;
         let linear = method::linear(&config.parallel.linear_method, &mesh.sp)?;
-        let attention = method::attention(&config.parallel.softmax_method)?;
+        let attention = method::softmax(&config.parallel.softmax_method, &mesh.sp)?;
         // Where a rank adds nothing to the gradient of its one backward, a wider sum would not be more exact: that over ranks is
         // rounded once.
         let adds_up = config.train.batch / mesh.dp.size() > config.train.micro_batch;

@@ -7,7 +7,7 @@ mod passes;
 
 use tch::{Kind, Tensor};
 
-use super::segments::{self, Call, DecayGrad, Family, Made, Out, Part, Pass, Sums, fits};
+use super::segments::{self, Call, DecayGrad, Family, Out, Part, Pass, Summing, fits};
 use super::{Kernel, gpu};
 use crate::Result;
 use crate::linear::{Decay, Inputs, Piece};
@@ -55,15 +55,8 @@ impl Family for Hopper {
         Some(vec![call.plan.slots])
     }
 
-    fn summarize(
-        call: &Call<Self>,
-        sums: &Sums,
-        to: &Made,
-        which: i32,
-        tensors: (&Tensor, &Tensor),
-        scale: f64,
-    ) -> Result<()> {
-        call.summarize(sums, to, which, tensors, scale)
+    fn summarize(call: &Call<Self>, x: &Summing) -> Result<()> {
+        call.summarize(x)
     }
 
     fn combine(call: &Call<Self>, dk: i64, dv: i64) -> Result<(Kernel, Vec<i64>)> {

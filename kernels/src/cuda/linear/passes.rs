@@ -3,7 +3,7 @@
 use tch::{Device, Tensor};
 
 use super::super::driver::{TileMap, driver};
-use super::super::segments::{Call, DecayGrad, Made, Out, Params, Pass, SEGMENTS, Sums, aligned, blocks, plan};
+use super::super::segments::{Call, DecayGrad, Enters, Out, Params, Pass, SEGMENTS, Summing, aligned, blocks, plan};
 use super::super::{Arg, Kernel, Launch, NUMBERS, Program, kernel, stream};
 use super::Hopper;
 use crate::{Error, Result};
@@ -114,7 +114,7 @@ fn tile_map(x: &Tensor) -> Result<TileMap> {
 
 /// A pass over all tokens, in the names of linear.cu.
 pub struct Run<'a> {
-    /// `entries`, `looks_back`, `ends` and `scale` count, the tensors are those below.
+    /// `entries`, `enters` and `scale` count, the tensors are those below.
     pub pass: &'a Pass<'a>,
     pub x: &'a Tensor,
     pub y: &'a Tensor,
@@ -142,24 +142,23 @@ impl Call<Hopper> {
         Variant { decay: self.decay(), dk, dv, ..Variant::default() }
     }
 
-    /// Sums of `scale y^T z` and of the log-decays, for the segments with a flag of `which`.
-    pub fn summarize(&self, sums: &Sums, to: &Made, which: i32, (y, z): (&Tensor, &Tensor), scale: f64) -> Result<()> {
-        let (dk, dv) = (y.size()[3], z.size()[3]);
-        let reverse = sums.reverse;
+    /// `key` is y, `value` z.
+    pub fn summarize(&self, x: &Summing) -> Result<()> {
+        let (dk, dv, reverse) = (x.key.size()[3], x.value.size()[3], x.reverse);
         let variant = Variant { decay: self.decay(), reverse, dual: reverse, dk, dv, ..Variant::default() };
         let kernel = variant.kernel(self.device, "summarize")?;
         let params = Params::default()
-            .map(&tile_map(y)?)
-            .map(&tile_map(z)?)
+            .map(&tile_map(&x.key)?)
+            .map(&tile_map(&x.value)?)
             .pointer(Some(&self.plan.all.segments))
             .pointer(Some(&self.plan.all.first))
-            .pointer(Some(&to.sums))
-            .pointer(to.decays.as_ref())
-            .strided(self.log_decay.as_ref())
-            .f32(scale)
+            .pointer(Some(&x.to.sums))
+            .pointer(x.to.decays.as_ref())
+            .strided(x.log_decay.as_ref())
+            .f32(x.scale)
             .i32(dk)
             .i32(dv)
-            .i32(i64::from(which))
+            .i32(i64::from(x.which))
             .words();
         let launch = Launch { grid: [self.plan.all.blocks, 1, 1], block: 256, shared: variant.shared().1 };
         // SAFETY: SummarizeParams of linear.cu; tensors of this call's shape on its device.
@@ -175,7 +174,7 @@ impl Call<Hopper> {
     pub fn run(&self, reverse: bool, late: bool, run: &Run) -> Result<()> {
         let work = if late { &self.plan.entered } else { &self.plan.all };
         let (dk, dv) = (run.y.size()[3], run.z.size()[3]);
-        let (dual, looks_back) = (run.out2.is_some(), run.pass.looks_back);
+        let (dual, looks_back) = (run.out2.is_some(), run.pass.enters == Enters::Unknown);
         let variant =
             Variant { decay: self.decay(), reverse, dual, late, dots: run.dots.is_some(), looks_back, dk, dv };
         let kernel = variant.kernel(self.device, "run")?;
@@ -224,7 +223,7 @@ impl Call<Hopper> {
             .i32(out2.to.size()[3])
             .i32(self.h)
             .i32(i64::from(out.add) + 2 * i64::from(out2.add))
-            .i32(i64::from(plan::entered(reverse, (true, run.pass.ends))))
+            .i32(i64::from(plan::entered(reverse, (true, run.pass.enters == Enters::FromOutside))))
             .i32(i64::from(plan::entered(!reverse, (true, false))))
             .words();
         let launch = Launch { grid: [work.blocks, 1, 1], block: 512, shared: variant.shared().0 };

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 
-use super::segments::{self, Call, DecayGrad, Family, Made, Out, Part, Pass, Sums, aligned, fits};
+use super::segments::{self, Call, DecayGrad, Family, Out, Part, Pass, Summing, aligned, fits};
 use super::{Gpu, Kernel, gpu, linear};
 use crate::Result;
 use crate::linear::{Decay, Inputs, Piece, StateMixer};
@@ -69,15 +69,8 @@ impl Family for Mma {
         call.log_decay.as_ref().map(|_| vec![call.plan.slots, dk])
     }
 
-    fn summarize(
-        call: &Call<Self>,
-        sums: &Sums,
-        to: &Made,
-        which: i32,
-        tensors: (&Tensor, &Tensor),
-        scale: f64,
-    ) -> Result<()> {
-        call.summarize(sums, to, which, tensors, scale)
+    fn summarize(call: &Call<Self>, x: &Summing) -> Result<()> {
+        call.summarize(x)
     }
 
     fn combine(call: &Call<Self>, dk: i64, dv: i64) -> Result<(Kernel, Vec<i64>)> {

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::segments::{Call, DecayGrad, Made, Out, Params, Pass, SEGMENTS, Sums, blocks, plan};
+use super::super::segments::{Call, DecayGrad, Enters, Out, Params, Pass, SEGMENTS, Summing, blocks, plan};
 use super::super::{Arg, Gpu, Kernel, Launch, NUMBERS, Program, kernel};
 use super::Mma;
 use crate::Result;
@@ -198,30 +198,22 @@ impl Call<Mma> {
         Variant { half_decay, dk, dv, ..Variant::forward(self.kind, self.family.form) }
     }
 
-    /// Sums of `scale key^T value` and of the log-decays, for the segments with a flag of `which`.
-    pub fn summarize(
-        &self,
-        sums: &Sums,
-        to: &Made,
-        which: i32,
-        (key, value): (&Tensor, &Tensor),
-        scale: f64,
-    ) -> Result<()> {
-        let (dk, dv) = (key.size()[3], value.size()[3]);
-        let variant = Variant { reverse: sums.reverse, ..self.variant(dk, dv) };
+    pub fn summarize(&self, x: &Summing) -> Result<()> {
+        let (dk, dv) = (x.key.size()[3], x.value.size()[3]);
+        let variant = Variant { reverse: x.reverse, ..self.variant(dk, dv) };
         let (kernel, shared) = variant.kernel(&self.family.gpu, self.device, "summarize")?;
         let params = Params::default()
-            .strided(Some(key))
-            .strided(Some(value))
-            .strided(sums.part.log_decay(self)?.as_ref())
+            .strided(Some(&x.key))
+            .strided(Some(&x.value))
+            .strided(x.log_decay.as_ref())
             .pointer(Some(&self.plan.all.segments))
             .pointer(Some(&self.plan.all.first))
-            .pointer(Some(&to.sums))
-            .pointer(to.decays.as_ref())
-            .f32(scale)
+            .pointer(Some(&x.to.sums))
+            .pointer(x.to.decays.as_ref())
+            .f32(x.scale)
             .i32(dk)
             .i32(dv)
-            .i32(i64::from(which))
+            .i32(i64::from(x.which))
             .words();
         let launch = Launch { grid: [self.plan.all.blocks, 1, 1], block: variant.sum_threads() as u32, shared };
         // SAFETY: SummarizeParams of linear_mma.cu; tensors of this call's shape on its device.
@@ -262,7 +254,7 @@ impl Call<Mma> {
             .i32(dk)
             .i32(dv)
             .i32(adds(Some(out)) + 2 * adds(d_log))
-            .i32(i64::from(plan::entered(reverse, (true, x.ends))))
+            .i32(i64::from(plan::entered(reverse, (true, x.enters == Enters::FromOutside))))
             .words();
         let launch = Launch { grid: [work.blocks, 1, 1], block: variant.threads() as u32, shared };
         // SAFETY: RunParams of linear_mma.cu; tensors of this call's shape on its device.

@@ -23,7 +23,7 @@ use crate::linear::{check, check_grad};
 use crate::{Error, Result};
 pub use params::Params;
 use plan::{Cut, Plan};
-pub use states::{Made, Part, Sums};
+pub use states::{Made, Part};
 
 /// The header of all families' sources.
 pub const SEGMENTS: (&str, &str) = ("segments.cuh", include_str!("../../../cuda/segments.cuh"));
@@ -41,19 +41,10 @@ pub trait Family: Sized + Send + 'static {
     fn widest(call: &Call<Self>) -> (i64, i64);
     /// The sizes of the segments' sums of log-decays, for `dk` channels; `None`: there are none.
     fn decays(call: &Call<Self>, dk: i64) -> Option<Vec<i64>>;
-    /// Sums of `scale key^T value` (k and v, or in reverse q and do) and of the log-decays of `sums`' part into `to`, for the
-    /// segments with a flag of `which`.
-    fn summarize(
-        call: &Call<Self>,
-        sums: &Sums,
-        to: &Made,
-        which: i32,
-        tensors: (&Tensor, &Tensor),
-        scale: f64,
-    ) -> Result<()>;
+    fn summarize(call: &Call<Self>, x: &Summing) -> Result<()>;
     /// The kernel `combine`, and how its parameters give the sizes of a state.
     fn combine(call: &Call<Self>, dk: i64, dv: i64) -> Result<(Kernel, Vec<i64>)>;
-    /// Whether [`Family::output`] and [`Family::keys`] can make the entries themselves ([`Pass::looks_back`]) where no state comes
+    /// Whether [`Family::output`] and [`Family::keys`] can make the entries themselves ([`Enters::Unknown`]) where no state comes
     /// from outside, and are quicker then.
     fn looks_back(call: &Call<Self>) -> bool;
     /// o. `late`: only what entering states add, to the tokens of pieces that one enters.
@@ -65,6 +56,18 @@ pub trait Family: Sized + Send + 'static {
     fn keys(call: &Call<Self>, x: &Pass, d_o: &Tensor, dk: Out, dv: Out, decay: Option<DecayGrad>) -> Result<()>;
 }
 
+/// Sums of `scale key^T value`, and of the log-decays, for the segments with a flag of `which`.
+pub struct Summing<'a> {
+    /// k and v or, in reverse, q and do: of a part of a head, as are the decays.
+    pub key: Tensor,
+    pub value: Tensor,
+    pub log_decay: Option<Tensor>,
+    pub reverse: bool,
+    pub scale: f64,
+    pub which: i32,
+    pub to: &'a Made,
+}
+
 /// What a pass over the tokens reads: a part of a head, and the states that enter its segments.
 pub struct Pass<'a> {
     pub part: Part,
@@ -74,21 +77,18 @@ pub struct Pass<'a> {
     pub log_decay: Option<Tensor>,
     /// Or in reverse their gradients, which enter at the ends: `[slots, K, V]`.
     pub entries: &'a Tensor,
-    /// `entries` is room for them: the pass makes them of the segments' sums, which it makes too.
-    pub looks_back: bool,
-    /// Whether a state enters from outside too.
-    pub ends: bool,
+    pub enters: Enters,
     pub scale: f64,
 }
 
 /// What is known of the states that enter a pass's segments.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Enters {
+pub enum Enters {
     /// All of them, and they come from other segments.
     Known,
     /// All of them, and some come from outside.
     FromOutside,
-    /// Only that they come from other segments, which the pass is to sum up.
+    /// Only that they come from other segments. [`Pass::entries`] is room for them: the pass makes them of sums that it makes too.
     Unknown,
 }
 
@@ -302,7 +302,6 @@ impl Tokens {
 
     fn pass<'a, F: Family>(&self, call: &Call<F>, part: Part, entries: &'a Tensor, enters: Enters) -> Result<Pass<'a>> {
         let (q, k, v) = (part.keys(&self.q)?, part.keys(&self.k)?, part.values(&self.v)?);
-        let (looks_back, ends) = (enters == Enters::Unknown, enters == Enters::FromOutside);
-        Ok(Pass { part, q, k, v, log_decay: part.log_decay(call)?, entries, looks_back, ends, scale: self.scale })
+        Ok(Pass { part, q, k, v, log_decay: part.log_decay(call)?, entries, enters, scale: self.scale })
     }
 }

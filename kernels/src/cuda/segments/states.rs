@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::super::{Arg, Launch};
 use super::plan::{self, FOLLOWS};
-use super::{Call, Family, Params};
+use super::{Call, Family, Params, Summing};
 use crate::{Error, Result};
 
 /// Adds a state to that of its piece.
@@ -112,9 +112,16 @@ impl Sums {
                     decays: F::decays(call, self.part.k.1).map(|sizes| call.empty(&sizes)).transpose()?,
                 },
             };
-            let (keys, values) = (self.part.keys(keys)?, self.part.values(values)?);
-            F::summarize(call, self, &made, missing, (&keys, &values), scale)?;
-            self.made = Some(made);
+            let summing = Summing {
+                key: self.part.keys(keys)?,
+                value: self.part.values(values)?,
+                log_decay: self.part.log_decay(call)?,
+                reverse: self.reverse,
+                scale,
+                which: missing,
+                to: self.made.insert(made),
+            };
+            F::summarize(call, &summing)?;
         }
         self.known = (true, self.known.1 || ends);
         Ok(())

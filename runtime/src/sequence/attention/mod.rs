@@ -6,6 +6,7 @@ mod megatron_sp;
 mod ring;
 mod ulysses;
 
+use collectives::Group;
 use kernels::softmax::Tile;
 use tch::{Kind, Tensor};
 
@@ -120,6 +121,11 @@ pub trait Attention: Send + Sync {
     /// Whether a layer of `heads` query heads can be laid over `sp` ranks.
     fn check(&self, _heads: i64, _sp: usize) -> Result<()> {
         Ok(())
+    }
+
+    /// Makes ready what it sends by ([`Group::connect`]): collectives, if nothing else. Collective, before anything is under way.
+    fn connect(&self, group: &Group) -> Result<()> {
+        Ok(group.connect(&[], &[])?)
     }
 
     /// Whether what it keeps is [`Saved::of`] the layer's own inputs and o, which may be wider, on every rank alike: then a checkpointed

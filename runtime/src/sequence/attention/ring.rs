@@ -17,6 +17,7 @@
 
 use std::ops::Range;
 
+use collectives::Group;
 use kernels::softmax::{self, Tile};
 use tch::Tensor;
 
@@ -27,6 +28,10 @@ use super::{Attention, Forward, Grads, Inputs, LayerSizes, Piece, Plan, Result, 
 pub struct Ring;
 
 impl Attention for Ring {
+    fn connect(&self, group: &Group) -> Result<()> {
+        ring::connect(group)
+    }
+
     fn attends_once(&self) -> bool {
         true
     }

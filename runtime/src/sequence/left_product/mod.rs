@@ -8,6 +8,7 @@
 mod megatron_sp;
 mod ring;
 
+use collectives::Group;
 use kernels::linear::{Decay, Grads, Inputs};
 use tch::Tensor;
 
@@ -34,6 +35,11 @@ pub struct Forward {
 pub trait LeftProduct: Send + Sync {
     /// As in a configuration.
     fn name(&self) -> &'static str;
+
+    /// Makes ready what it sends by ([`Group::connect`]): collectives, if nothing else. Collective, before anything is under way.
+    fn connect(&self, group: &Group) -> Result<()> {
+        Ok(group.connect(&[], &[])?)
+    }
 
     /// `o_i = scale sum_{j <= i} a^{i-j} <q_i, k_j> v_j` over the document of token i, for this rank's tokens.
     fn forward(&self, shard: &Shard, x: Inputs, scale: f64) -> Result<Forward>;

@@ -10,6 +10,7 @@
 //! | forward | (L - T') B H (K + V) e | (L - T) B H (K + V) e |
 //! | backward | forward + (L - T) B H (K + V) s | forward + (L - T'') B H (K + V) s |
 
+use collectives::Group;
 use kernels::linear::left_product::{self, Tile};
 use kernels::linear::{Grads, Inputs, accumulation_kind};
 use tch::Tensor;
@@ -21,6 +22,10 @@ use super::{Forward, LayerSizes, LeftProduct, Plan, Result, Saved, Shard, Traffi
 pub struct RingLeftProduct;
 
 impl LeftProduct for RingLeftProduct {
+    fn connect(&self, group: &Group) -> Result<()> {
+        ring::connect(group)
+    }
+
     fn name(&self) -> &'static str {
         "ring_left_product"
     }

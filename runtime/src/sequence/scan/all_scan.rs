@@ -5,6 +5,7 @@
 use collectives::Group;
 use tch::Tensor;
 
+use super::message::connect_near;
 use super::relay::{messages, relay};
 use super::{Chain, Entries, Messages, Result, Scan, Scanned, StateSize, Transitions};
 
@@ -21,6 +22,10 @@ impl Default for AllScan {
 }
 
 impl Scan for AllScan {
+    fn connect(&self, group: &Group) -> Result<()> {
+        connect_near(group, 1)
+    }
+
     fn prefix(
         &self,
         group: &Group,

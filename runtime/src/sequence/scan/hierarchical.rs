@@ -27,15 +27,17 @@ impl Hierarchical {
     /// Collective over `group`, on which alone the scan may then run.
     pub fn new(group: &Group, node_size: usize) -> Result<Self> {
         let node_size = node_size.clamp(1, group.size());
-        let node = group.split("node", group.rank() / node_size, group.rank())?;
-        node.connect(&[], &[])?;
-        let partners: Vec<_> = partners(group.rank(), node_size, group.size()).into_iter().collect();
-        group.connect(&partners, &partners)?;
-        Ok(Self { node, node_size })
+        Ok(Self { node: group.split("node", group.rank() / node_size, group.rank())?, node_size })
     }
 }
 
 impl Scan for Hierarchical {
+    fn connect(&self, group: &Group) -> Result<()> {
+        self.node.connect(&[], &[])?;
+        let partners: Vec<_> = partners(group.rank(), self.node_size, group.size()).into_iter().collect();
+        Ok(group.connect(&partners, &partners)?)
+    }
+
     fn prefix(
         &self,
         group: &Group,

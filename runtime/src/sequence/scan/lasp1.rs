@@ -7,6 +7,7 @@
 use collectives::Group;
 use tch::Tensor;
 
+use super::message::connect_near;
 use super::relay::{messages, relay};
 use super::{Chain, Entries, Messages, Result, Scan, Scanned, StateSize, Transitions};
 
@@ -14,6 +15,10 @@ use super::{Chain, Entries, Messages, Result, Scan, Scanned, StateSize, Transiti
 pub struct Lasp1;
 
 impl Scan for Lasp1 {
+    fn connect(&self, group: &Group) -> Result<()> {
+        connect_near(group, 1)
+    }
+
     fn prefix(
         &self,
         group: &Group,

@@ -10,6 +10,13 @@ use tch::Tensor;
 use super::fold::copy;
 use super::{Messages, Result, Scanned, StateSize};
 
+/// For messages both ways between ranks of `group` up to `far` apart.
+pub(super) fn connect_near(group: &Group, far: usize) -> Result<()> {
+    let rank = group.rank();
+    let near: Vec<_> = (rank.saturating_sub(far)..group.size().min(rank + far + 1)).collect();
+    Ok(group.connect(&near, &near)?)
+}
+
 /// How a row is laid out.
 pub(super) struct Row {
     state: Vec<i64>,

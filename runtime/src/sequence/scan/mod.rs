@@ -48,6 +48,11 @@ pub type Scanned<T> = Pending<Result<T>>;
 
 /// A way of scanning over the segments of a sequence.
 pub trait Scan: Send + Sync {
+    /// Makes ready what it sends by ([`Group::connect`]): collectives, if nothing else. Collective, before anything is under way.
+    fn connect(&self, group: &Group) -> Result<()> {
+        Ok(group.connect(&[], &[])?)
+    }
+
     /// `mine`: the end states of this rank's segments, `[B, H, K, V]`, by their place on it; zero where nothing leaves.
     /// `transitions`: all, or this rank's own; on every rank the same of the two. Starts the communication and returns;
     /// pending are the entry states, the exclusive prefix `P_{g+1} = A_g P_g + S_g` along each document, and the

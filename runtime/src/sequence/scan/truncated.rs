@@ -14,11 +14,14 @@ use kernels::linear::Transition;
 use tch::{Kind, Tensor};
 
 use super::fold::{States, fold};
-use super::message::{Row, gather, gather_messages, when_they_come};
+use super::message::{Row, connect_near, gather, gather_messages, when_they_come};
 use super::{
     Chain, DecayForm, Entries, Lasp2, Messages, Result, Scan, Scanned, StateSize, Traffic, Transitions, both_ways,
     missing,
 };
+
+/// How far from a rank others are to whom the way is made ready: decays through which states reach farther leave little out.
+const REACH: usize = 8;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Truncated {
@@ -27,6 +30,10 @@ pub struct Truncated {
 }
 
 impl Scan for Truncated {
+    fn connect(&self, group: &Group) -> Result<()> {
+        connect_near(group, REACH)
+    }
+
     fn prefix(
         &self,
         group: &Group,
