@@ -216,9 +216,10 @@ DEVICE float2 raw_log_pair(const Decays& d, const Segment& s, int token, int col
 template <bool Scaled, int N, typename X, typename Y>
 DEVICE void score(Lanes& to, const X& x, const Y& y, const float* by, int group, int half, u32 lane) {
     float s[4] = {0.f, 0.f, 0.f, 0.f};
+    Pair b[4];  // of two steps
 #pragma unroll
     for (int k = 0; k < N / 16; ++k) {
-        Pair a[4], b[4];
+        Pair a[4];
         x.rows(a, group * GROUP, 16 * k, lane);
         if (k % 2 == 0) y.summed_channels(b, group * GROUP + 8 * half, 16 * k, lane);
         if (Scaled) {

@@ -168,6 +168,10 @@ std::string compile(const Program& program, const std::vector<std::string>& defi
         const std::string aside = (folder / "library.so").string(), said = (folder / "log").string();
         // The emulator's headers come before those of the same name that the program brings.
         std::string command = "g++ -std=gnu++17 -O2 -w -Wno-psabi -fPIC -shared -Wl,-Bsymbolic -include emulator.h";
+#if __GNUC__ >= 12
+        // What a thread has not written shows too.
+        command += " -ftrivial-auto-var-init=pattern";
+#endif
         command += " -I" + quoted(EMULATOR_SOURCES) + " -I" + quoted((folder / "headers").string());
         for (auto& define : defines) command += " " + quoted(define);
         command += " -x c++ " + quoted(source.string()) + " -x none " + quoted(own) + " -o " + quoted(aside) + " > "
