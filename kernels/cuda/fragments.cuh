@@ -65,6 +65,24 @@ DEVICE void multiply(float (&d)[4], const Pair (&a)[4], Pair b0, Pair b1) {
 #endif
 #endif
 
+// 16 x 16 of a matrix, as two Ds have them, becomes its transpose.
+DEVICE void transpose(float (&d)[2][4]) {
+    float t[2][4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const u32 x = __float_as_uint(d[n][2 * r]), y = __float_as_uint(d[n][2 * r + 1]);
+            const u32 low = transposed(__byte_perm(x, y, 0x5410)), high = transposed(__byte_perm(x, y, 0x7632));
+            t[r][2 * n] = __uint_as_float(__byte_perm(low, high, 0x5410));
+            t[r][2 * n + 1] = __uint_as_float(__byte_perm(low, high, 0x7632));
+        }
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) d[n][e] = t[n][e];
+}
+
 // Two neighbours as they lie in memory, in the inputs' kind.
 #if KIND == 2
 typedef float2 Raw;
@@ -98,15 +116,35 @@ template <int BYTES>
 struct Tile {
     char* data;
 
+    // By what the pieces of a row are permuted.
+    static DEVICE u32 key(u32 row) {
+        return BYTES == 2 ? row & 7 : ((row << 1) & 6) ^ ((row >> 2 & 1) * 3);
+    }
+
     static DEVICE u32 place(u32 row, u32 column) {
         const u32 byte = column * BYTES, piece = byte % ROW_BLOCK / 16;
-        const u32 by = BYTES == 2 ? row & 7 : ((row << 1) & 6) ^ ((row >> 2 & 1) * 3);
-        return byte / ROW_BLOCK * (CHUNK * ROW_BLOCK) + row * ROW_BLOCK + ((piece ^ by) << 4) + byte % 16;
+        return byte / ROW_BLOCK * (CHUNK * ROW_BLOCK) + row * ROW_BLOCK + ((piece ^ key(row)) << 4) + byte % 16;
     }
 
     template <typename T>
     DEVICE T& at(int row, int column) const {
         return *reinterpret_cast<T*>(data + place(row, column));
+    }
+
+    // One column of the rows from `row` on, a multiple of 8: what permutes them is then known to the compiler.
+    struct Column {
+        char* begin;
+        u32 piece;
+
+        template <typename T>
+        DEVICE T& at(int row) const {
+            return *reinterpret_cast<T*>(begin + row * ROW_BLOCK + (piece ^ key(row) << 4));
+        }
+    };
+
+    DEVICE Column column(u32 row, u32 column) const {
+        const u32 byte = column * BYTES;
+        return {data + byte / ROW_BLOCK * (CHUNK * ROW_BLOCK) + row * ROW_BLOCK + byte % 16, byte % ROW_BLOCK / 16 << 4};
     }
 
     DEVICE u32 address(int row, int column) const {

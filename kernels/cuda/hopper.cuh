@@ -5,7 +5,7 @@
 // matrix wider than 64 columns as several such blocks one after the other. Tiles start at multiples of 1024 bytes.
 #pragma once
 
-#include "numbers.cuh"
+#include "mma.cuh"
 
 struct alignas(64) TensorMap {
     char opaque[128];
@@ -167,11 +167,6 @@ DEVICE void pin(float (&d)[N]) {
 // `next_block`: bytes from one block of 64 columns to the next; read only where the columns are the M or N dimension.
 DEVICE u64 descriptor(u32 address, u32 next_block) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)(next_block >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-DEVICE void load_matrices_transposed(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
 DEVICE void store_matrices(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {

@@ -36,6 +36,13 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], u32 address) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
+// Of a matrix of 8 x 8 pairs' halves, of which lane 4 g + t has the two at (g, 2 t), the transpose.
+DEVICE u32 transposed(u32 x) {
+    u32 r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
 // 16 bytes, of which those beyond `bytes_valid` are zero.
 DEVICE void copy_async(u32 to, const void* from, u32 bytes_valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),

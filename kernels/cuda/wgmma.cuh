@@ -77,8 +77,26 @@ DEVICE void wgmma_n128_rs(float (&d)[64], const u32 (&a)[4], u64 b, int accumula
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TransB));
 }
 
+template <int TransB>
+DEVICE void wgmma_n16_rs(float (&d)[8], const u32 (&a)[4], u64 b, int accumulate) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %13, 0; "
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, "
+        "p, 1, 1, %14; }"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TransB));
+}
+
 template <int N>
 struct Wgmma;
+
+template <>
+struct Wgmma<16> {
+    template <int TransB>
+    static DEVICE void rs(float (&d)[8], const u32 (&a)[4], u64 b, int accumulate) {
+        wgmma_n16_rs<TransB>(d, a, b, accumulate);
+    }
+};
 
 template <>
 struct Wgmma<64> {

@@ -156,6 +156,10 @@ template <typename T>
 T __shfl_xor_sync(u32 mask, T x, int by) {
     return emulator::shuffle(emulator::Shuffle::Xor, mask, x, by);
 }
+inline int __any_sync(u32 mask, int x) {
+    for (int step = 16; step > 0; step /= 2) x |= __shfl_xor_sync(mask, x, step);
+    return x != 0;
+}
 inline size_t __cvta_generic_to_shared(const void* p) {
     return emulator::shared_address(p);
 }
@@ -178,6 +182,14 @@ inline float __int_as_float(int x) {
 }
 inline u32 __float_as_uint(float x) {
     return same_bits<u32>(x);
+}
+
+// Four bytes of y x, the i-th by the i-th four bits of `which`.
+inline u32 __byte_perm(u32 x, u32 y, u32 which) {
+    const u64 both = (u64)y << 32 | x;
+    u32 r = 0;
+    for (int i = 0; i < 4; ++i) r |= (u32)(both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+    return r;
 }
 
 #define OF_BOTH(T)                  \

@@ -1,7 +1,7 @@
 // Stands for kernels/cuda/hopper.cuh on a CPU: what the instructions do is in hopper.cpp. Fences, prefetches and hints do
 // nothing.
 #pragma once
-#include "numbers.cuh"
+#include "mma.cuh"
 
 // A tensor of bf16 in four dimensions, and tiles of it, as cuTensorMapEncodeTiled leaves it.
 struct alignas(64) TensorMap {
@@ -93,5 +93,4 @@ DEVICE u64 descriptor(u32 address, u32 next_block) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)(next_block >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
-void load_matrices_transposed(u32 (&r)[4], u32 address);
 void store_matrices(u32 address, u32 r0, u32 r1, u32 r2, u32 r3);

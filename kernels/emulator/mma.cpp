@@ -103,6 +103,20 @@ void load_matrices_transposed(u32 (&r)[4], u32 address) {
     of_warp("ldmatrix.trans", ~0u, &mine, load<true>);
 }
 
+u32 transposed(u32 x) {
+    struct Halves {
+        u32 pair, result;
+    } mine{x, 0};
+    of_warp("movmatrix", ~0u, &mine, [](void* const* lanes) {
+        const auto at = [&](int row, int column) { return half_of(((const Halves*)lanes[4 * row + column / 2])->pair, column % 2); };
+        for (int lane = 0; lane < 32; ++lane) {
+            const int row = lane / 4, column = 2 * (lane % 4);
+            ((Halves*)lanes[lane])->result = at(column, row) | at(column + 1, row) << 16;
+        }
+    });
+    return mine.result;
+}
+
 void copy_async(u32 to, const void* from, u32 bytes_valid) {
     if (bytes_valid > 16 || (uintptr_t)from % 16) fail("copy_async of %u bytes from %p", bytes_valid, from);
     char* at = shared(to, 16, 16);

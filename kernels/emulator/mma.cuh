@@ -14,6 +14,7 @@ DEVICE float round_tf32(float x) {
 
 void load_matrices(u32 (&r)[4], u32 address);
 void load_matrices_transposed(u32 (&r)[4], u32 address);
+u32 transposed(u32 x);
 
 // 16 bytes, of which those beyond `bytes_valid` are zero.
 void copy_async(u32 to, const void* from, u32 bytes_valid);

@@ -15,8 +15,11 @@ use tch::Device;
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../kernels/emulator");
 const FILES: [&str; 4] = ["driver", "hopper", "machine", "mma"];
 
-/// Without either `None`, and a line that says why. `arch`: the compute capability to emulate, 90 or 80; the first call of a
-/// process counts.
+/// Names a compute capability for all tests of a process.
+pub const CAPABILITY: &str = "LASP_EMULATE";
+
+/// Without either `None`, and a line that says why. `arch`: the compute capability to emulate, 90 or 80, unless `CAPABILITY` names
+/// another; the first call of a process counts.
 pub fn device(arch: u32) -> Option<Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     *DEVICE.get_or_init(|| {
@@ -35,7 +38,8 @@ pub fn device(arch: u32) -> Option<Device> {
             println!("not tested: no CUDA device, and no g++ for the emulator");
             return None;
         }
-        set("emulator_device", arch);
+        let named = std::env::var(CAPABILITY).ok();
+        set("emulator_device", named.map_or(arch, |named| named.parse().unwrap()));
         cuda::emulate(library()).unwrap();
         // What libtorch has to do is too little for several.
         tch::set_num_threads(1);

@@ -52,7 +52,7 @@ impl Family for Mma {
         };
         let gpu = gpu(x.k.device())?;
         let (dk, dv) = (x.k.size()[3].min(WIDEST), x.v.size()[3].min(WIDEST));
-        let forward = Variant { dk, dv, ..Variant::forward(x.k.kind(), form) };
+        let forward = Variant { dk, dv, ..Variant::forward(x.k.kind(), form, gpu.major) };
         let blocks = forward.at_once(forward.threads()) * i64::from(gpu.multiprocessors);
         Call::new(Self { gpu, form }, x, pieces, blocks)
     }
@@ -62,7 +62,8 @@ impl Family for Mma {
     }
 
     fn widest(call: &Call<Self>) -> (i64, i64) {
-        widest(call.kind, i64::from(call.family.gpu.shared))
+        let gpu = &call.family.gpu;
+        widest(call.kind, gpu.major, i64::from(gpu.shared))
     }
 
     fn decays(call: &Call<Self>, dk: i64) -> Option<Vec<i64>> {

@@ -15,6 +15,8 @@ pub const LINEAR_MMA: Program = Program {
         NUMBERS,
         SEGMENTS,
         ("mma.cuh", include_str!("../../../cuda/mma.cuh")),
+        ("hopper.cuh", include_str!("../../../cuda/hopper.cuh")),
+        ("wgmma.cuh", include_str!("../../../cuda/wgmma.cuh")),
         ("fragments.cuh", include_str!("../../../cuda/fragments.cuh")),
         ("groups.cuh", include_str!("../../../cuda/groups.cuh")),
     ],
@@ -27,8 +29,10 @@ pub const SLICE: i64 = 16;
 
 /// Tokens of a tile of the kernels.
 const TILE: i64 = 32;
+/// What tiles begin at a multiple of on Hopper, in bytes.
+const ALIGNED: i64 = 1024;
 /// More than what any variant has beside its tiles, in bytes.
-const OTHER_SHARED: i64 = 8 << 10;
+const OTHER_SHARED: i64 = 9 << 10;
 
 /// The form of the decay, as `DECAY` of linear_mma.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,15 +56,18 @@ pub struct Variant {
     /// Only what an entering state adds.
     pub late: bool,
     pub dots: bool,
+    /// Whether four warps multiply together, as they can on compute capability 9.0, in bf16.
+    pub hopper: bool,
     pub dk: i64,
     pub dv: i64,
 }
 
 impl Variant {
-    /// That makes o, of heads of 128.
-    pub fn forward(kind: Kind, decay: Form) -> Self {
+    /// That makes o, of heads of 128. `major`: of the compute capability.
+    pub fn forward(kind: Kind, decay: Form, major: i32) -> Self {
         let [half_decay, reverse, outer, late, dots] = [false; 5];
-        Self { kind, decay, half_decay, reverse, outer, late, dots, dk: WIDEST, dv: WIDEST }
+        let hopper = major == 9 && kind == Kind::BFloat16;
+        Self { kind, decay, half_decay, reverse, outer, late, dots, hopper, dk: WIDEST, dv: WIDEST }
     }
 
     fn kind(&self) -> i64 {
@@ -84,7 +91,7 @@ impl Variant {
         2 * if self.outer { dk } else { dv }
     }
 
-    /// Bytes of the tiles of one stage, and of q' and k' behind them, as `Layout` of groups.cuh has them. `[q, k]`: whether
+    /// Bytes of the tiles of one stage, and of q' and k' behind them and of what is lost before them, as `Layout` of groups.cuh has them. `[q, k]`: whether
     /// they are there, and whether q' and k' are; `dots`, `factors`: whether there is a tile of them.
     fn tiles(&self, keys: [bool; 2], values: [bool; 2], primed: [bool; 2], dots: bool, factors: bool) -> (i64, i64) {
         let (dk, dv) = self.padded();
@@ -94,7 +101,8 @@ impl Variant {
         let numbers = logs + 4 * dk * i64::from(dots);
         let primed = if self.decay != Form::None && self.kind == Kind::Half { 4 * dk * count(primed) } else { 0 };
         let factors = 4 * dk * i64::from(factors);
-        (TILE * (bytes * (count(keys) * dk + count(values) * dv) + numbers), TILE * (primed + factors))
+        let aligned = if self.hopper { ALIGNED } else { 0 };
+        (TILE * (bytes * (count(keys) * dk + count(values) * dv) + numbers), TILE * (primed + factors) + aligned)
     }
 
     fn run_tiles(&self) -> (i64, i64) {
@@ -154,6 +162,7 @@ impl Variant {
             format!("DOTS={}", i32::from(self.dots)),
             format!("K_BLOCKS={}", blocks(self.dk)),
             format!("V_BLOCKS={}", blocks(self.dv)),
+            format!("HOPPER={}", i32::from(self.hopper)),
             format!("STAGES={}", run.0),
             format!("SUM_STAGES={}", summarize.0),
         ]
@@ -170,9 +179,10 @@ impl Variant {
 }
 
 /// The largest key and value sizes of one launch where a block has `gpu_shared` bytes of shared memory: K is halved where the
-/// pass that needs most, that of dk and dlog_decay, would not fit.
-pub fn widest(kind: Kind, gpu_shared: i64) -> (i64, i64) {
-    let of = |dk| Variant { reverse: true, outer: true, dots: true, dk, ..Variant::forward(kind, Form::Channel) };
+/// pass that needs most, that of dk and dlog_decay, would not fit. `major`: of the compute capability.
+pub fn widest(kind: Kind, major: i32, gpu_shared: i64) -> (i64, i64) {
+    let of =
+        |dk| Variant { reverse: true, outer: true, dots: true, dk, ..Variant::forward(kind, Form::Channel, major) };
     (if of(WIDEST).fits(gpu_shared) { WIDEST } else { WIDEST / 2 }, WIDEST)
 }
 
@@ -195,7 +205,7 @@ impl Call<Mma> {
     fn variant(&self, dk: i64, dv: i64) -> Variant {
         let short = |g: &Tensor| self.family.form == Form::Channel && g.kind() != Kind::Float;
         let half_decay = self.log_decay.as_ref().is_some_and(short);
-        Variant { half_decay, dk, dv, ..Variant::forward(self.kind, self.family.form) }
+        Variant { half_decay, dk, dv, ..Variant::forward(self.kind, self.family.form, self.family.gpu.major) }
     }
 
     pub fn summarize(&self, x: &Summing) -> Result<()> {
@@ -269,14 +279,14 @@ mod tests {
     #[test]
     fn shared_memory_holds_every_variant() {
         // Of compute capabilities 8.0, 8.6 and 8.9, 9.0.
-        for gpu_shared in [163 << 10, 99 << 10, 227 << 10] {
+        for (major, gpu_shared) in [(8, 163 << 10), (8, 99 << 10), (9, 227 << 10)] {
             for kind in [Kind::BFloat16, Kind::Half, Kind::Float] {
-                let (dk, dv) = widest(kind, gpu_shared);
+                let (dk, dv) = widest(kind, major, gpu_shared);
                 assert!(dk == 128 || (gpu_shared < 100 << 10 && kind != Kind::BFloat16));
                 let decays =
                     [(Form::None, false), (Form::Scalar, false), (Form::Channel, false), (Form::Channel, true)];
                 for (decay, half_decay) in decays.into_iter().filter(|(_, half)| !half || kind != Kind::Float) {
-                    let o = Variant { half_decay, dk, dv, ..Variant::forward(kind, decay) };
+                    let o = Variant { half_decay, dk, dv, ..Variant::forward(kind, decay, major) };
                     let dots = decay != Form::None;
                     let dq = Variant { outer: true, dots, ..o };
                     let dk = Variant { reverse: true, ..dq };
