@@ -2,7 +2,7 @@
 # Methods of sequence parallelism beside each other on this machine's GPUs: benches/gpu-compare.sh [FOLDER]
 # One rank, and then 2, 4 and 8 where there are as many GPUs, each the operator, a layer and training steps of configs/linear-llama3-1b.toml
 # and its hybrid. Leaves in FOLDER what was printed, results.jsonl and report.html of each; FOLDER is benches/runs/DATE-GPU if not given.
-# ONLY='operator|layer': those whose name matches. One that fails does not keep the others from running; the last line names all that did.
+# ONLY='operator|layer': those whose name matches. RANKS=2: of these alone. One that fails does not keep the others from running; the last line names all that did.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lasp=${LASP:-target/release/lasp}
@@ -23,7 +23,7 @@ go() { # name ranks arguments
     tee "$to/console.txt" || failed+=("$1 on $2")
 }
 
-for ranks in 1 2 4 8; do
+for ranks in ${RANKS:-1 2 4 8}; do
   [ "$ranks" -le "$(wc -l <<<"$gpus")" ] || break
   for decay in none head token; do
     go "linear-operator-$decay" $ranks --decay $decay --methods lasp2,lasp1,all_scan,hierarchical --seq-lens "${LONG:-16K,64K,128K}"
