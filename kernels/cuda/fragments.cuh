@@ -134,11 +134,11 @@ struct Tile {
     // One column of the rows from `row` on, a multiple of 8: what permutes them is then known to the compiler.
     struct Column {
         char* begin;
-        u32 piece;
+        u32 in_block;  // bytes
 
         template <typename T>
         DEVICE T& at(int row) const {
-            return *reinterpret_cast<T*>(begin + row * ROW_BLOCK + (piece ^ key(row) << 4));
+            return *reinterpret_cast<T*>(begin + row * ROW_BLOCK + (in_block ^ key(row) << 4));
         }
     };
 

@@ -27,12 +27,6 @@ struct Input {
     long long batch, token, head;  // strides in numbers
 };
 
-// [B, T, H], f32, or [B, T, H, K], natural logarithms.
-struct Decays {
-    const char* log;
-    long long batch, token, head;
-};
-
 // Where tiles begin in a block's shared memory: on Hopper, which permutes by address, at a multiple of 1024 bytes.
 DEVICE char* tiles_in(uint4* shared) {
     return (char*)shared + (HOPPER ? 0u - shared_address(shared) & 1023u : 0u);
@@ -113,10 +107,10 @@ struct alignas(16) Rows {
     }
 };
 
-// `T`: Input, Decays or Output, of which `data` is the first number's place.
+// Of an Input or an Output, of numbers of so many bytes.
 template <typename T>
-DEVICE Rows rows_of(const void* data, const T& x, int bytes, const Segment& s) {
-    return {(char*)data + (s.batch * x.batch + s.head * x.head + s.start * x.token) * bytes, (u32)x.token * bytes};
+DEVICE Rows rows_of(const T& x, int bytes, const Segment& s) {
+    return {(char*)x.data + (s.batch * x.batch + s.head * x.head + s.start * x.token) * bytes, (u32)x.token * bytes};
 }
 
 // Tokens `token`.. of a segment of `length`, zeros beyond its end and beyond `width` channels.
@@ -335,7 +329,7 @@ struct Slice {
 #if HOPPER
         // In two parts, as the registers for all of a bf16 copy are too many.
         constexpr int PART = N / 32;
-        float(&transposed)[8] = reinterpret_cast<float(&)[8]>(o);
+        float(&d)[8] = reinterpret_cast<float(&)[8]>(o);
         const u32 tokens = x.address(group * GROUP, 0);
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
@@ -344,14 +338,14 @@ struct Slice {
             for (int k = 0; k < PART; ++k) pairs(a[k], PART * part + k);
             if (part > 0) {
                 wgmma_wait<0>();
-                pin(transposed);
+                pin(d);
             }
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < PART; ++k) {
                 const int at = PART * part + k;
                 const u32 beyond = at / 4 * (CHUNK * ROW_BLOCK) + at % 4 * 32;
-                Wgmma<16>::template rs<0>(transposed, a[k], descriptor(tokens + beyond, 0), at > 0);
+                Wgmma<16>::template rs<0>(d, a[k], descriptor(tokens + beyond, 0), at > 0);
             }
             wgmma_commit();
         }

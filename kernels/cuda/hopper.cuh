@@ -1,5 +1,5 @@
 // Thin names for the instructions of sm_90a that CUDA C++ has no words for: mbarriers, the bulk tensor copy (TMA),
-// wgmma's bookkeeping and descriptors, matrix loads and stores. PTX ISA 8.x.
+// wgmma's bookkeeping and descriptors, matrix stores. PTX ISA 8.x.
 //
 // One layout serves every tile: rows of 64 bf16 (128 bytes), 16-byte pieces permuted by the row (the 128-byte swizzle), a
 // matrix wider than 64 columns as several such blocks one after the other. Tiles start at multiples of 1024 bytes.

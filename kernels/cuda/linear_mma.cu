@@ -62,7 +62,7 @@ constexpr bool INNER = !OUTER;
 
 struct SummarizeParams {
     Input key, value;  // k and v, or (REVERSE) q and do
-    Decays decay;
+    Input decay;  // natural logarithms, [B, T, H], f32, or [B, T, H, K]
     const Segment* segments;
     const int* first;  // [blocks + 1]
     float* sums;       // [slots, K, V]
@@ -85,7 +85,7 @@ struct CombineParams {
 
 struct RunParams {
     Input q, k, v, d_o;
-    Decays decay;
+    Input decay;  // natural logarithms, [B, T, H], f32, or [B, T, H, K]
     Output out;
     // f32, [B, T, H, K], or for a scalar decay [B, T, H, K / 16], to be summed: `dots` q dq without the pairs of a token with
     // itself, made by dq's pass for dk's; `d_log` dlog_decay.
@@ -122,9 +122,9 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_AT_ONCE) summarize
         const int n = chunks_of(seg), length = seg.end - seg.start;
         auto token_of = [&](int i) { return (REVERSE ? n - 1 - i : i) * CHUNK; };  // in the segment
         if (threadIdx.x == 0) {
-            keys = rows_of(p.key.data, p.key, RAW_BYTES, seg);
-            values = rows_of(p.value.data, p.value, RAW_BYTES, seg);
-            if (DECAY) logs = rows_of(p.decay.log, p.decay, LOG_BYTES, seg);
+            keys = rows_of(p.key, RAW_BYTES, seg);
+            values = rows_of(p.value, RAW_BYTES, seg);
+            if (DECAY) logs = rows_of(p.decay, LOG_BYTES, seg);
         }
         float next_log = 0.f;
         auto load = [&](int i) {
@@ -229,11 +229,6 @@ DEVICE float2 raw_pair(const Rows& x, int length, int token, int column, int wid
     return numbers_of_raw(*reinterpret_cast<const Raw*>(x.at(token, column * RAW_BYTES)));
 }
 
-DEVICE float raw_number(const Rows& x, int length, int token, int column, int width) {
-    const float2 pair = raw_pair(x, length, token, column & ~1, width);
-    return column & 1 ? pair.y : pair.x;
-}
-
 DEVICE float2 raw_log_pair(const Tensors& x, int token, int column, int width) {
     if (DECAY == 0 || token >= x.length || column >= width) return make_float2(0.f, 0.f);
     const char* at = x.log.at(token, DECAY == 1 ? 0 : column * LOG_BYTES);
@@ -250,13 +245,17 @@ DEVICE float2 raw_log_pair(const Tensors& x, int token, int column, int width) {
 // A is made by four warps, 8 columns of a group each, or by eight, of which two have a half of the channels each.
 constexpr int SHARES = WARPS / 4;
 struct Halves {
-    float4 of[4][32];
+    float4 of[SHARES > 1 ? 4 : 1][32];
 };
+// Of a warp: the group that it works on.
+DEVICE int group_of(u32 warp) {
+    return warp % 4 / 2;
+}
 
 // 8 columns of A, or of A^T, or of D: x y^T, N channels, with x's times `by`.
 template <bool Scaled, int N, typename X, typename Y>
 DEVICE void score(Lanes& to, Halves& halves, const X& x, const Y& y, const float* by, u32 warp, u32 lane) {
-    const int part = warp % 4, group = part / 2, half = part % 2, share = warp / 4, from = share * (N / SHARES);
+    const int part = warp % 4, group = group_of(warp), half = part % 2, share = warp / 4, from = share * (N / SHARES);
     float s[4] = {0.f, 0.f, 0.f, 0.f};
     Pair b[4];  // of two steps
 #pragma unroll
@@ -544,11 +543,8 @@ DEVICE void finish_outer(const RunParams& p, const Tensors& of, int token, int g
         multiply(others[0], keys, low, part.a[2]);
         multiply(others[1], keys, part.a[1], high);
     }
-    // q or k, with its decay if that is at hand.
-    constexpr bool PRIMED = REVERSE ? RunLayout::PRIME_K : RunLayout::PRIME_Q;
-    Pair own[4];
-    if (DOTS && PRIMED) (REVERSE ? tiles.primed_k(stage) : tiles.primed_q(stage)).columns(own, group * GROUP, column, lane);
-    if (DOTS && !PRIMED) (REVERSE ? tiles.k(stage) : tiles.q(stage)).columns(own, group * GROUP, column, lane);
+    Pair own[4];  // of q or k
+    if (DOTS) (REVERSE ? tiles.k(stage) : tiles.q(stage)).columns(own, group * GROUP, column, lane);
     float out[2][4], sums[2][2] = {}, early[2][2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -566,11 +562,7 @@ DEVICE void finish_outer(const RunParams& p, const Tensors& of, int token, int g
                 out[n][i] = f * t + (DECAY && steep ? 1.f : f) * (inside + self[n][i] * back);
                 if (!DOTS) continue;
                 const float2 pair = numbers_of(own[2 * n + r]);
-                const float x = e ? pair.y : pair.x, decayed = PRIMED ? x : x * f;
-                float plain = decayed;
-                if (DECAY && steep)
-                    plain = PRIMED ? raw_number(REVERSE ? of.k : of.q, of.length, token + in_group, channel, p.dk) : x;
-                const float a = decayed * t, b = plain * inside;
+                const float x = e ? pair.y : pair.x, a = x * f * t, b = (DECAY && steep ? x : x * f) * inside;
                 if (REVERSE && DECAY == 1) {
                     sums[n][e] -= b;
                     early[n][e] += a;
@@ -641,14 +633,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
         Tensors& of = tensors[s % 2];
         auto token_of = [&](int i) { return (REVERSE ? n - 1 - i : i) * CHUNK; };
         if (threadIdx.x == 0) {
-            of.q = rows_of(p.q.data, p.q, RAW_BYTES, seg);
-            of.k = rows_of(p.k.data, p.k, RAW_BYTES, seg);
-            of.v = rows_of(p.v.data, p.v, RAW_BYTES, seg);
-            of.d_o = rows_of(p.d_o.data, p.d_o, RAW_BYTES, seg);
-            of.log = rows_of(p.decay.log, p.decay, LOG_BYTES, seg);
-            of.out = rows_of(p.out.data, p.out, RAW_BYTES, seg);
-            of.dots = rows_of(p.dots.data, p.dots, 4, seg);
-            of.d_log = rows_of(p.d_log.data, p.d_log, 4, seg);
+            of.q = rows_of(p.q, RAW_BYTES, seg);
+            of.k = rows_of(p.k, RAW_BYTES, seg);
+            of.v = rows_of(p.v, RAW_BYTES, seg);
+            of.d_o = rows_of(p.d_o, RAW_BYTES, seg);
+            of.log = rows_of(p.decay, LOG_BYTES, seg);
+            of.out = rows_of(p.out, RAW_BYTES, seg);
+            of.dots = rows_of(p.dots, 4, seg);
+            of.d_log = rows_of(p.d_log, 4, seg);
             of.length = length;
         }
         float next_log = 0.f;
@@ -710,7 +702,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
             }
             if (INTRA) {
                 if (INNER) {
-                    if (const int g = warp % 4 / 2; !(DECAY && d.steep[parity][g]))
+                    if (const int g = group_of(warp); !(DECAY && d.steep[parity][g]))
                         score<DECAY != 0, DK>(scores, halves, inner_x, keys, d.back[g], warp, lane);
                     if (DECAY)
 #pragma unroll 1
@@ -724,7 +716,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
                     score<false, DV>(scores, halves, outer_x, values, nullptr, warp, lane);
                 }
             }
-            // Products of a warpgroup first: behind what lanes may part in, they would wait for each other.
+            // Before `finish_outer`: behind what its lanes may part in, products of a warpgroup would wait for each other.
             float o[GROUPS][2][4];
 #pragma unroll
             for (int step = 0; step < GROUPS; ++step) {

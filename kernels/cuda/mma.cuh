@@ -1,5 +1,5 @@
-// Thin names for the instructions of sm_80 that CUDA C++ has no words for: matrix products by a warp, matrix loads, copies
-// into shared memory that go on meanwhile. PTX ISA 7.0.
+// Thin names for the instructions of sm_80 that CUDA C++ has no words for: matrix products by a warp, matrix loads and transposes,
+// copies into shared memory that go on meanwhile. PTX ISA 7.8.
 #pragma once
 
 #include "numbers.cuh"
@@ -36,7 +36,7 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], u32 address) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-// Of a matrix of 8 x 8 pairs' halves, of which lane 4 g + t has the two at (g, 2 t), the transpose.
+// Of 8 x 8 numbers of 16 bits, of which lane 4 g + t has the pair at (g, 2 t), the transpose.
 DEVICE u32 transposed(u32 x) {
     u32 r;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));

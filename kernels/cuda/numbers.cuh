@@ -1,5 +1,5 @@
-// What every file here needs: integers by their size, pairs of 16-bit floats, shared memory by its 32-bit addresses, named
-// barriers. kernels/emulator has a file of the same name for each header with PTX in it; .cu files have none.
+// What every file here needs: integers by their size, pairs of 16-bit floats, shared memory by its 32-bit addresses, places in
+// global memory, named barriers. kernels/emulator has a file of the same name for each header with PTX in it; .cu files have none.
 #pragma once
 
 #define DEVICE __device__ __forceinline__

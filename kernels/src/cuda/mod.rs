@@ -343,3 +343,21 @@ fn message(error: Error) -> String {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// NVRTC finds only these; the emulator has files of its own.
+    #[test]
+    fn programs_bring_what_they_include() {
+        for program in [&BLOCK, &linear::LINEAR, &mma::LINEAR_MMA] {
+            for text in std::iter::once(program.source).chain(program.headers.iter().map(|(_, text)| *text)) {
+                for line in text.lines().filter_map(|line| line.strip_prefix("#include \"")) {
+                    let name = line.trim_end_matches('"');
+                    assert!(program.headers.iter().any(|(header, _)| *header == name), "{}: {name}", program.name);
+                }
+            }
+        }
+    }
+}

@@ -16,6 +16,7 @@ pub const LINEAR: Program = Program {
         NUMBERS,
         SEGMENTS,
         ("chunks.cuh", include_str!("../../../cuda/chunks.cuh")),
+        ("mma.cuh", include_str!("../../../cuda/mma.cuh")),
         ("hopper.cuh", include_str!("../../../cuda/hopper.cuh")),
         ("wgmma.cuh", include_str!("../../../cuda/wgmma.cuh")),
     ],

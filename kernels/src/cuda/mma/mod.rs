@@ -105,7 +105,7 @@ impl Family for Mma {
     fn keys(call: &Call<Self>, x: &Pass, d_o: &Tensor, dk: Out, dv: Out, decay: Option<DecayGrad>) -> Result<()> {
         let scalar = call.family.form == Form::Scalar;
         let to = match &decay {
-            // In place: every number is read before it is written, by the same thread.
+            // In place: every number is read before it is written, by the same warp and before a barrier.
             Some(decay) if scalar => Some(decay.dots.shallow_clone()),
             Some(decay) => Some(x.part.keys(decay.out.to)?),
             None => None,

@@ -31,8 +31,10 @@ pub const SLICE: i64 = 16;
 const TILE: i64 = 32;
 /// What tiles begin at a multiple of on Hopper, in bytes.
 const ALIGNED: i64 = 1024;
-/// More than what any variant has beside its tiles, in bytes.
-const OTHER_SHARED: i64 = 9 << 10;
+/// At least what a variant has beside its tiles, in bytes.
+const OTHER_SHARED: i64 = 8 << 10;
+/// The same of f16 and f32 where eight warps share the scores.
+const OTHER_SHARED_WIDE: i64 = 9 << 10;
 
 /// The form of the decay, as `DECAY` of linear_mma.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +93,9 @@ impl Variant {
         2 * if self.outer { dk } else { dv }
     }
 
-    /// Bytes of the tiles of one stage, and of q' and k' behind them and of what is lost before them, as `Layout` of groups.cuh has them. `[q, k]`: whether
-    /// they are there, and whether q' and k' are; `dots`, `factors`: whether there is a tile of them.
+    /// Bytes of the tiles of one stage, as `Layout` of groups.cuh has them; and of what is there once: q' and k' behind all
+    /// stages, and what is lost before them. `[q, k]`: whether they are there, and whether q' and k' are; `dots`, `factors`:
+    /// whether there is a tile of them.
     fn tiles(&self, keys: [bool; 2], values: [bool; 2], primed: [bool; 2], dots: bool, factors: bool) -> (i64, i64) {
         let (dk, dv) = self.padded();
         let count = |of: [bool; 2]| i64::from(of[0]) + i64::from(of[1]);
@@ -122,9 +125,9 @@ impl Variant {
     }
 
     /// Stages that fit `together` blocks of a multiprocessor, or if none do one block; and their bytes.
-    fn stages((stage, rest): (i64, i64), together: i64, gpu_shared: i64) -> (i64, i64) {
+    fn stages(&self, (stage, rest): (i64, i64), together: i64, gpu_shared: i64) -> (i64, i64) {
         let bytes = |stages| stages * stage + rest;
-        let fits = |stages, together| together * (bytes(stages) + OTHER_SHARED) <= gpu_shared;
+        let fits = |stages, together| together * (bytes(stages) + self.other_shared()) <= gpu_shared;
         let stages = if fits(2, together) || (!fits(1, together) && fits(2, 1)) { 2 } else { 1 };
         (stages, bytes(stages))
     }
@@ -140,13 +143,19 @@ impl Variant {
 
     /// Stages of `run` and of `summarize`, with the bytes of dynamic shared memory of both.
     fn shared(&self, gpu_shared: i64) -> [(i64, i64); 2] {
-        let stages = |tiles, threads| Self::stages(tiles, self.at_once(threads), gpu_shared);
+        let stages = |tiles, threads| self.stages(tiles, self.at_once(threads), gpu_shared);
         [stages(self.run_tiles(), self.threads()), stages(self.sum_tiles(), self.sum_threads())]
+    }
+
+    fn other_shared(&self) -> i64 {
+        if self.kind != Kind::BFloat16 && self.threads() > 128 { OTHER_SHARED_WIDE } else { OTHER_SHARED }
     }
 
     /// Whether a block's shared memory holds what this variant needs at least.
     fn fits(&self, gpu_shared: i64) -> bool {
-        [self.run_tiles(), self.sum_tiles()].iter().all(|(stage, rest)| stage + rest + OTHER_SHARED <= gpu_shared)
+        [self.run_tiles(), self.sum_tiles()]
+            .iter()
+            .all(|(stage, rest)| stage + rest + self.other_shared() <= gpu_shared)
     }
 
     /// `gpu_shared`: most shared memory of a block, in bytes.
@@ -293,7 +302,7 @@ mod tests {
                     for variant in [o, Variant { late: true, ..o }, dq, dk, Variant { reverse: true, ..o }] {
                         for (stages, bytes) in variant.shared(gpu_shared) {
                             assert!(
-                                bytes + OTHER_SHARED <= gpu_shared,
+                                bytes + variant.other_shared() <= gpu_shared,
                                 "{variant:?}: {stages} stages, {bytes} of {gpu_shared}"
                             );
                         }
