@@ -138,7 +138,8 @@ DEVICE int through_column(int channel) {
 
 // What a warp or a thread needs to know of decays, besides q' and k'.
 struct alignas(16) Decayed {
-    float through[GROUPS][DECAY ? THROUGH : 1];  // 2^L, at `through_column` where columns of a state are scaled by it
+    // 2^L, at `through_column` where columns of a state are scaled by it.
+    float through[GROUPS][DECAY ? THROUGH : 1];
     float back[GROUPS][DECAY ? DK : 1];     // 2^-L
     float log[GROUPS][DECAY ? DK : 1];      // L
     float scalars[CHUNK];                   // (DECAY 1) log2 a
@@ -202,10 +203,10 @@ DEVICE void prime(const L& tiles, int s, Decayed& d, int parity) {
     constexpr bool FORWARDS = L::PRIME_Q || (Outer && !REVERSE), BACKWARDS = L::PRIME_K || (Outer && REVERSE);
     constexpr int PAIRS = DK / 2, WAYS = (FORWARDS ? 1 : 0) + (BACKWARDS ? 1 : 0), WHOLE = WAYS * GROUPS * PAIRS;
     // Where there are threads for two halves of each group, the second adds up the first's logarithms once more.
-    constexpr int PARTS = 2 * WHOLE <= THREADS ? 2 : 1, TOKENS = GROUP / PARTS, UNITS = PARTS * WHOLE;
+    constexpr int PARTS = !Outer && 2 * WHOLE <= THREADS ? 2 : 1, TOKENS = GROUP / PARTS, UNITS = PARTS * WHOLE;
     // A thread's factors take the place of logarithms that another has still to read.
-    constexpr bool KEEP = Outer && DECAY == 2 && (WAYS == 2 || PARTS == 2) && !L::HAS_FACTORS;
-    static_assert(!KEEP || (UNITS <= THREADS && PARTS == 1), "all threads have read when the first one writes");
+    constexpr bool KEEP = Outer && DECAY == 2 && WAYS == 2 && !L::HAS_FACTORS;
+    static_assert(!KEEP || UNITS <= THREADS, "all threads have read when the first one writes");
 #pragma unroll 1
     for (int i = 0; i < (UNITS + THREADS - 1) / THREADS; ++i) {
         const u32 unit = anew(threadIdx.x) + i * THREADS, whole = unit % WHOLE, part = unit / WHOLE;

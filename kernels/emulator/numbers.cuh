@@ -27,15 +27,15 @@ DEVICE void named_arrive(int id, int threads) {
     emulator::barrier(id, threads, false);
 }
 
+DEVICE char* global_memory(char* p) {
+    return p;
+}
+
 // Round to nearest, ties to even.
 DEVICE u32 bits_bf16(float x) {
     const u32 bits = __float_as_uint(x);
     if (x != x) return 0x7fff;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-DEVICE char* global_memory(char* p) {
-    return p;
 }
 
 DEVICE u32 pack_bf16(float low, float high) {
