@@ -113,6 +113,12 @@ DEVICE Rows rows_of(const T& x, int bytes, const Segment& s) {
     return {(char*)x.data + (s.batch * x.batch + s.head * x.head + s.start * x.token) * bytes, (u32)x.token * bytes};
 }
 
+// What a block reads and writes of a segment, and how many tokens that has; all tokens are counted from its first.
+struct Tensors {
+    Rows q, k, v, d_o, log, out, dots, d_log;
+    int length;
+};
+
 // Tokens `token`.. of a segment of `length`, zeros beyond its end and beyond `width` channels.
 template <int BYTES, int PADDED, int THREADS>
 DEVICE void load_tile(Tile<BYTES> to, const Rows& from, int width, int token, int length) {

@@ -19,6 +19,7 @@ pub const LINEAR_MMA: Program = Program {
         ("wgmma.cuh", include_str!("../../../cuda/wgmma.cuh")),
         ("fragments.cuh", include_str!("../../../cuda/fragments.cuh")),
         ("groups.cuh", include_str!("../../../cuda/groups.cuh")),
+        ("pairs.cuh", include_str!("../../../cuda/pairs.cuh")),
     ],
 };
 
