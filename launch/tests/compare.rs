@@ -130,7 +130,7 @@ fn processes_of_mpirun_are_compared_too() {
     let folder = tempfile::tempdir().unwrap();
     compare(Ranks::Mpi(2), folder.path(), "--seq-lens 300 --mixer softmax").succeeds();
     let rows = rows(folder.path());
-    assert_eq!(labels(&rows), ["lasp2h", "ring", "ring zigzag", "ulysses", "megatron_sp"]);
+    assert_eq!(labels(&rows), ["lasp2h", "lasp2h zigzag", "ring", "ring zigzag", "ulysses", "megatron_sp"]);
     for row in &rows {
         check(row, 2, 300);
         assert_eq!(row["backend"], "mpi");

@@ -33,8 +33,8 @@ fn known(mixer: Mixer) -> &'static [&'static str] {
 }
 
 impl Method {
-    /// All methods of a mixer on one layout; ring attention, whose balance depends on it, on both. `node`: ranks on a node
-    /// of the network, if it is emulated.
+    /// All methods of a mixer on one layout; LASP-2H and Ring Attention, whose balance depends on it, on both. `node`: ranks on a
+    /// node of the network, if it is emulated.
     pub fn all(mixer: Mixer, layout: LayoutKind, node: Option<usize>) -> Vec<Method> {
         let mut methods = Vec::new();
         for &name in known(mixer) {
@@ -43,7 +43,7 @@ impl Method {
                 _ => name.to_owned(),
             };
             methods.push(Method { name: name.clone(), layout, asked_for: false, auto: false });
-            if name == "ring" && layout == LayoutKind::Contiguous {
+            if ["lasp2h", "ring"].contains(&name.as_str()) && layout == LayoutKind::Contiguous {
                 methods.push(Method { name, layout: LayoutKind::Zigzag, asked_for: false, auto: false });
             }
         }
@@ -194,7 +194,7 @@ mod tests {
     fn all_methods_have_a_row_each() {
         let softmax = Method::all(Mixer::Softmax, LayoutKind::Contiguous, None);
         let labels: Vec<_> = softmax.iter().map(Method::label).collect();
-        assert_eq!(labels, ["lasp2h", "ring", "ring zigzag", "ulysses", "megatron_sp"]);
+        assert_eq!(labels, ["lasp2h", "lasp2h zigzag", "ring", "ring zigzag", "ulysses", "megatron_sp"]);
         let linear = Method::all(Mixer::Linear, LayoutKind::Zigzag, Some(4));
         assert!(linear.iter().any(|m| m.label() == "hierarchical:node=4 zigzag"));
     }
