@@ -159,9 +159,12 @@ fn broken_rules_name_the_knob_and_the_numbers() {
 
 #[test]
 fn methods_take_their_settings_along() {
-    let settings = ["parallel.linear_method=all_scan:blocks=8".to_owned()];
-    let config = Config::from_toml_str("", "quickstart.toml", &settings).unwrap();
+    let config =
+        load("", &["parallel.linear_method=all_scan:blocks=8", "parallel.softmax_method=lasp2h:stages=2"]).unwrap();
     assert_eq!(config.parallel.linear_method, "all_scan:blocks=8");
+    assert_eq!(config.parallel.softmax_method, "lasp2h:stages=2");
+    let found = message("", &["parallel.softmax_method=lasp2h:splits=2"]);
+    assert!(found.contains("expected lasp2h with no other setting than stages=N, each once"), "{found}");
 }
 
 #[test]

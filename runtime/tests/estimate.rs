@@ -179,7 +179,7 @@ fn a_truncated_scan_sends_what_its_constant_decays_leave() {
 
 #[test]
 fn messages_of_every_softmax_method_in_a_hybrid_are_those_of_a_step() {
-    for (i, name) in method::ATTENTIONS.iter().enumerate() {
+    for (i, name) in method::ATTENTIONS.iter().chain(&["lasp2h:stages=3"]).enumerate() {
         for ranks in 1..=4 {
             // Heads in groups that the ranks cut, in one group, and none.
             for (heads, kv_heads) in [(12, 4), (12, 1), (12, 12)] {
@@ -294,6 +294,7 @@ fn memory_of_every_method() {
     }
     assert!(gathers("L", "lasp1", 8, "cuda") < gathers("L", "lasp2", 8, "cuda"));
     assert!(gathers("N", "ring", 8, "cuda") < gathers("N", "lasp2h", 8, "cuda"));
+    assert!(gathers("N", "lasp2h", 8, "cuda") < gathers("N", "lasp2h:stages=1", 8, "cuda"));
 }
 
 #[test]

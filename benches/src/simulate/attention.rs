@@ -23,7 +23,7 @@ impl Attend<'_> {
             _ if timeline.ranks() == 1 => {
                 timeline.compute(0, ready[0], self.seconds(self.costs.packing.all_pairs(0)));
             }
-            Softmax::Lasp2h => self.lasp2h(timeline, ready),
+            Softmax::Lasp2h { stages } => self.lasp2h(timeline, ready, stages),
             Softmax::Ring => self.ring(timeline, ready),
             Softmax::Ulysses => return self.ulysses(timeline, ready),
             Softmax::MegatronSp => self.megatron_sp(timeline, ready),
@@ -55,8 +55,8 @@ impl Attend<'_> {
     }
 
     /// Stage g + 1 is gathered while stage g attends; in backward its gradients are summed meanwhile too.
-    fn lasp2h(&self, timeline: &mut Timeline, ready: &[f64]) {
-        let stages = self.costs.stages();
+    fn lasp2h(&self, timeline: &mut Timeline, ready: &[f64], stages: usize) {
+        let stages = self.costs.stages(stages);
         let mut arrived = self.gather(timeline, ready, stages[0] * self.keys());
         let mut summed = 0.0f64;
         for (stage, share) in stages.iter().enumerate() {

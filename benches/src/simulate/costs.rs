@@ -223,9 +223,9 @@ impl<'a> Costs<'a> {
         self.vocab
     }
 
-    /// KV heads of each stage of LASP-2H's pipeline, as shares of all: at most four stages.
-    pub fn stages(&self) -> Vec<f64> {
-        let stages = (self.kv_heads as usize).clamp(1, 4);
+    /// KV heads of each stage of LASP-2H's pipeline, as shares of all: at most so many stages.
+    pub fn stages(&self, stages: usize) -> Vec<f64> {
+        let stages = stages.clamp(1, (self.kv_heads as usize).max(1));
         let start = |stage: usize| (stage * self.kv_heads as usize / stages) as f64;
         (0..stages).map(|stage| (start(stage + 1) - start(stage)) / self.kv_heads).collect()
     }

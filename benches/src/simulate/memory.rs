@@ -76,7 +76,7 @@ fn gathered(costs: &Costs, method: &Method, estimate: &Estimate) -> f64 {
     let keys = costs.keys();
     let sums = keys * WIDE / costs.width;
     let softmax = match method.softmax {
-        Softmax::Lasp2h => ranks * (2.0 * keys / costs.stages().len() as f64 + sums),
+        Softmax::Lasp2h { stages } => ranks * (2.0 * keys / costs.stages(stages).len() as f64 + sums),
         Softmax::Ring => 2.0 * (keys + sums),
         Softmax::Ulysses => 4.0 * costs.rows(),
         Softmax::MegatronSp => 2.0 * whole,

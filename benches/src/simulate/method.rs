@@ -3,6 +3,7 @@
 //! LASP-2, LASP-2H, and the configuration's layout.
 
 use runtime::config::LayoutKind;
+use runtime::sequence::attention::Lasp2h;
 use runtime::sequence::scan::AllScan;
 
 use super::{Error, Result};
@@ -45,7 +46,7 @@ pub enum Linear {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Softmax {
-    Lasp2h,
+    Lasp2h { stages: usize },
     Ring,
     Ulysses,
     MegatronSp,
@@ -69,12 +70,12 @@ impl Linear {
 
 impl Softmax {
     /// In a configuration.
-    pub fn name(self) -> &'static str {
+    pub fn name(self) -> String {
         match self {
-            Softmax::Lasp2h => "lasp2h",
-            Softmax::Ring => "ring",
-            Softmax::Ulysses => "ulysses",
-            Softmax::MegatronSp => "megatron_sp",
+            Softmax::Lasp2h { stages } => format!("lasp2h:stages={stages}"),
+            Softmax::Ring => "ring".to_owned(),
+            Softmax::Ulysses => "ulysses".to_owned(),
+            Softmax::MegatronSp => "megatron_sp".to_owned(),
         }
     }
 }
@@ -90,7 +91,8 @@ pub const LINEAR: &[&str] = &[
     "ring_left_product",
     "megatron_sp_left_product",
 ];
-pub const SOFTMAX: &[&str] = &["lasp2h", "ring", "ulysses", "megatron_sp"];
+/// The same for softmax layers.
+pub const SOFTMAX: &[&str] = &["lasp2h:stages=N", "ring", "ulysses", "megatron_sp"];
 
 impl Method {
     pub fn parse(name: &str) -> Result<Method> {
@@ -105,7 +107,7 @@ impl Method {
             name: name.to_owned(),
             linear: Linear::Lasp2 { splits: 1 },
             released: false,
-            softmax: Softmax::Lasp2h,
+            softmax: Softmax::Lasp2h { stages: Lasp2h::default().stages },
             layout,
         };
         let (mut linears, mut softmaxes) = (0, 0);
@@ -122,13 +124,16 @@ impl Method {
     }
 }
 
-fn softmax(name: &str) -> Option<Softmax> {
-    Some(match name {
-        "lasp2h" => Softmax::Lasp2h,
+fn softmax(part: &str) -> Option<Softmax> {
+    Some(match part {
+        "lasp2h" => Softmax::Lasp2h { stages: Lasp2h::default().stages },
         "ring" => Softmax::Ring,
         "ulysses" => Softmax::Ulysses,
         "megatron_sp" => Softmax::MegatronSp,
-        _ => return None,
+        _ => {
+            let stages = part.strip_prefix("lasp2h:stages=")?.parse().ok().filter(|n| *n > 0)?;
+            Softmax::Lasp2h { stages }
+        }
     })
 }
 
@@ -178,17 +183,20 @@ mod tests {
         assert_eq!((method.linear, method.softmax), (Linear::Lasp2 { splits: 1 }, Softmax::Ulysses));
         assert_eq!(Method::parse("lasp2:truncate").unwrap().linear, Linear::Truncated { splits: 1 });
         assert_eq!(Method::parse("lasp2:truncate:splits=3").unwrap().linear, Linear::Truncated { splits: 3 });
+        assert_eq!(Method::parse("lasp2h:stages=2").unwrap().softmax, Softmax::Lasp2h { stages: 2 });
         for known in LINEAR.iter().chain(SOFTMAX) {
             let method = Method::parse(&known.replace('N', "4")).unwrap();
             // What the runtime calls them.
             let linear = method.linear.name().map_or(Ok(()), |name| runtime::sequence::method::check_linear(&name));
             assert_eq!(linear, Ok(()), "{known}");
-            runtime::sequence::method::attention(method.softmax.name()).unwrap();
+            runtime::sequence::method::attention(&method.softmax.name()).unwrap();
         }
         for wrong in [
             "",
             "lasp3",
             "lasp2:splits=0",
+            "lasp2h:stages=0",
+            "lasp2h:splits=2",
             "lasp2:node=4",
             "lasp1:splits=2",
             "lasp2+lasp1",

@@ -85,7 +85,7 @@ impl Moved {
             costs.packing.turn(&mut plan, rank);
             for (kind, reaches, layers) in &sorts {
                 let traffic = match (kind, method.linear.name()) {
-                    (LayerKind::Softmax, _) => method::attention(method.softmax.name())?.traffic(&plan, &softmax),
+                    (LayerKind::Softmax, _) => method::attention(&method.softmax.name())?.traffic(&plan, &softmax),
                     (LayerKind::Linear, None) => Default::default(),
                     (LayerKind::Linear, Some(name)) => {
                         method::linear_traffic_within(&name, &plan, &linear, decay, reaches.as_ref())?
@@ -107,7 +107,7 @@ impl Moved {
 
 /// How often a layer's operator runs forward.
 fn forwards(work: &Workload, method: &Method, kind: LayerKind) -> Result<u64> {
-    let once = method::attention(method.softmax.name())?.attends_once();
+    let once = method::attention(&method.softmax.name())?.attends_once();
     Ok(sequence::forwards(kind, once, work.config.train.activation_checkpointing))
 }
 
@@ -279,7 +279,7 @@ fn costs<'a>(machine: &'a Machine, method: &Method, work: &Workload) -> Result<(
     let layout = method.layout.unwrap_or(work.config.parallel.layout);
     let mut config = resolved(work.config, layout, gpus, seq_len)?;
     // What layers keep depends on it.
-    method.softmax.name().clone_into(&mut config.parallel.softmax_method);
+    config.parallel.softmax_method = method.softmax.name();
     let estimate = estimate::estimate(&config)?;
     let activations = estimate.memory.activations.clone();
     Ok((Costs::new(machine, work, layout, estimate.parameters.clone(), activations)?, estimate))

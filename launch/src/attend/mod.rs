@@ -144,10 +144,10 @@ impl Task {
         let method = args.method.as_deref().unwrap_or(methods[0]);
         let expected = match args.mixer {
             Mixer::Linear => method::check_linear(method).err(),
-            Mixer::Softmax => (!methods.contains(&method)).then(|| format!("one of {}, {AUTO}", methods.join(", "))),
+            Mixer::Softmax => method::check_attention(method).err(),
         };
         if let Some(expected) = expected.filter(|_| method != AUTO) {
-            bail!("--method: found {method:?}, expected for --mixer {mixer} {expected}");
+            bail!("--method: found {method:?}, expected for --mixer {mixer} {expected}, or {AUTO:?}");
         }
         if args.mask == Mask::Full && method == AUTO {
             bail!(

@@ -169,7 +169,8 @@ pub struct ParallelConfig {
     /// How linear layers carry their state across ranks; one of `LINEAR_METHODS`, with settings as in
     /// "all_scan:blocks=8"; or "auto", the one that the cost model finds quickest. Default "lasp2".
     pub linear_method: String,
-    /// How softmax layers attend across ranks; one of `SOFTMAX_METHODS`, or "auto". Default "lasp2h".
+    /// How softmax layers attend across ranks; one of `SOFTMAX_METHODS`, with settings as in "lasp2h:stages=2"; or "auto".
+    /// Default "lasp2h".
     pub softmax_method: String,
     /// The machine that "auto" decides for: a preset of `lasp simulate`, or a file that `lasp calibrate` wrote. Default "":
     /// machine.toml if there is one, else a preset.

@@ -2,8 +2,8 @@
 
 use std::fmt::Display;
 
-use super::{Config, DataKind, DecayKind, SOFTMAX_METHODS};
-use crate::sequence::method::{AUTO, LEFT_PRODUCTS, check_linear};
+use super::{Config, DataKind, DecayKind};
+use crate::sequence::method::{AUTO, LEFT_PRODUCTS, check_attention, check_linear};
 
 /// One rule broken: the key, its value, and what would have been right.
 pub(super) struct Violation {
@@ -80,21 +80,21 @@ fn model(config: &Config) -> Check {
 
 fn parallel(config: &Config) -> Check {
     let parallel = &config.parallel;
-    let linear = &parallel.linear_method;
-    let expected = match check_linear(linear) {
-        Err(expected) if linear != AUTO => format!("{expected}, or {AUTO:?}"),
-        _ => String::new(),
-    };
-    require(expected.is_empty(), "parallel.linear_method", format!("{linear:?}"), expected)?;
+    let (linear, softmax) = (&parallel.linear_method, &parallel.softmax_method);
+    for (key, found, check) in [
+        ("parallel.linear_method", linear, check_linear(linear)),
+        ("parallel.softmax_method", softmax, check_attention(softmax)),
+    ] {
+        let expected = check.err().filter(|_| found != AUTO).map(|expected| format!("{expected}, or {AUTO:?}"));
+        require(expected.is_none(), key, format!("{found:?}"), expected.unwrap_or_default())?;
+    }
     let constant = matches!(config.model.decay, DecayKind::None | DecayKind::Lightning | DecayKind::Retention);
     require(
         constant || !LEFT_PRODUCTS.contains(&linear.as_str()),
         "parallel.linear_method",
         format!("{linear:?}"),
         "a method that carries states, such as \"lasp2\", or model.decay = \"none\", \"lightning\" or \"retention\"",
-    )?;
-    let choices = [SOFTMAX_METHODS, &[AUTO]].concat();
-    one_of("parallel.softmax_method", &parallel.softmax_method, &choices)
+    )
 }
 
 fn train(config: &Config) -> Check {
@@ -172,11 +172,6 @@ fn data(config: &Config) -> Check {
 
 fn positive(key: &'static str, value: f64) -> Check {
     require(value.is_finite() && value > 0.0, key, value, "a number above 0")
-}
-
-fn one_of(key: &'static str, value: &str, choices: &[&str]) -> Check {
-    let quoted: Vec<String> = choices.iter().map(|choice| format!("{choice:?}")).collect();
-    require(choices.contains(&value), key, format!("{value:?}"), quoted.join(" or "))
 }
 
 fn require(holds: bool, key: &'static str, found: impl Display, expected: impl Display) -> Check {

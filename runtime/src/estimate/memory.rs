@@ -9,7 +9,6 @@ use serde::Serialize;
 use super::{Parameters, Sizes};
 use crate::config::{Config, DataKind, DecayKind, DeviceKind, Dtype};
 use crate::model::{DECAY_RANK, HIDDEN_AT_ONCE, loss};
-use crate::sequence::attention::Lasp2h;
 use crate::sequence::method;
 use crate::train::gradients;
 
@@ -161,7 +160,7 @@ struct Attended {
 fn attended(config: &Config, s: &Sizes) -> Attended {
     let per_kv = s.h / s.kv.max(1);
     let share = |rank: i64| (s.h * rank / s.w, s.h * (rank + 1) / s.w);
-    match config.parallel.softmax_method.as_str() {
+    match method::name(&config.parallel.softmax_method) {
         "ring" => Attended { heads: s.h, kv_heads: s.kv, queries: s.t, keys: s.t },
         // KV heads are repeated until each serves equally many of a rank's query heads.
         "ulysses" | "megatron_sp" => {
@@ -171,7 +170,8 @@ fn attended(config: &Config, s: &Sizes) -> Attended {
             Attended { heads, kv_heads: ranks().map(kv_heads).max().unwrap_or(0), queries: s.l, keys: s.l }
         }
         _ => {
-            let kv_heads = Lasp2h::default().stages(s.kv).into_iter().map(|(_, heads)| heads).max().unwrap_or(0);
+            let lasp2h = method::lasp2h(&config.parallel.softmax_method).unwrap_or_default();
+            let kv_heads = lasp2h.stages(s.kv).into_iter().map(|(_, heads)| heads).max().unwrap_or(0);
             Attended { heads: kv_heads * per_kv, kv_heads, queries: s.t, keys: s.l }
         }
     }
@@ -186,7 +186,7 @@ fn gcd(a: i64, b: i64) -> i64 {
 fn kept_attention(config: &Config, s: &Sizes) -> i64 {
     let at = attended(config, s);
     let o = s.b * s.t * s.h * s.k;
-    match config.parallel.softmax_method.as_str() {
+    match method::name(&config.parallel.softmax_method) {
         "ulysses" | "megatron_sp" => {
             let whole = 2 * (at.heads + at.kv_heads) * s.k * s.width + at.heads * s.wide;
             // Beside it o of this rank's tokens.
@@ -324,8 +324,7 @@ fn gathers(config: &Config, s: &Sizes) -> i64 {
     // under way, and coming.
     let ring = |heads: i64| s.b * s.t * 2 * heads * s.k * (3 * s.width + 4 * s.wide);
     let (whole, at) = (s.b * s.l * s.h * s.k, attended(config, s));
-    let name = config.parallel.linear_method.split(':').next().unwrap_or_default();
-    let linear = match name {
+    let linear = match method::name(&config.parallel.linear_method) {
         // What is on its way here and on to the next rank.
         "lasp1" | "all_scan" => 3 * summary,
         // Those of the node, and what crosses nodes in two directions.
@@ -339,7 +338,7 @@ fn gathers(config: &Config, s: &Sizes) -> i64 {
         // On a GPU the first rank waits for none, while its host is layers ahead.
         _ => (s.w + 1) * summary * if gpu(config) { s.linear_layers.max(1) } else { 1 },
     };
-    let softmax = match config.parallel.softmax_method.as_str() {
+    let softmax = match method::name(&config.parallel.softmax_method) {
         "ring" => ring(s.kv),
         // do, and then dk and dv of this rank's heads: before, while and after they travel.
         "ulysses" => 3 * (s.b * s.t * s.h * s.k * s.width + 2 * s.b * s.l * at.kv_heads * s.k * s.wide),

@@ -192,7 +192,7 @@ fn shapes(config: &Config, s: &Sizes) -> Vec<Shape> {
     if s.softmax_layers > 0 {
         shapes.push(shape("softmax layers", "q, o", "[B, T, H, K]", &[s.b, s.t, s.h, s.k], s.width));
         shapes.push(shape("softmax layers", "k, v", "[B, T, Hkv, K]", &[s.b, s.t, s.kv, s.k], s.width));
-        if config.parallel.softmax_method == "lasp2h" {
+        if sequence::method::lasp2h(&config.parallel.softmax_method).is_some() {
             shapes.push(shape("softmax layers", "gathered k, v", "[B, L, Hkv, K]", &[s.b, s.l, s.kv, s.k], s.width));
         }
     }

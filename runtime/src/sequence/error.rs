@@ -10,8 +10,8 @@ pub enum Error {
     CuSeqlens { found: Vec<i64>, tokens: i64, descends_at: Option<usize> },
     #[error("{tensor}: found shape {found:?}, expected {expected}")]
     Shape { tensor: &'static str, found: Vec<i64>, expected: String },
-    #[error("method {found:?}: expected {expected} (parallel.linear_method)")]
-    Method { found: String, expected: String },
+    #[error("method {found:?}: expected {expected} ({key})")]
+    Method { key: &'static str, found: String, expected: String },
     #[error(
         "{key} = \"auto\" is still to be decided: expected the name of a method here; lasp decides before it starts ranks \
          (parallel.machine), a program of your own must name one"

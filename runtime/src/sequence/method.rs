@@ -2,6 +2,8 @@
 //!
 //! Linear layers: `lasp2` (`splits=N`, `truncate`), `lasp1`, `all_scan` (`blocks=N`), `hierarchical` (`node=N`), each
 //! setting as in `all_scan:blocks=8`; and the paper's baselines, `ring_left_product` and `megatron_sp_left_product`.
+//!
+//! Softmax layers: `lasp2h` (`stages=N`), `ring`, `ulysses`, `megatron_sp`.
 
 use std::sync::Arc;
 
@@ -27,14 +29,18 @@ pub const ATTENTIONS: &[&str] = &["lasp2h", "ring", "ulysses", "megatron_sp"];
 /// In a configuration: whichever the cost model finds quickest. The program puts a method in its place before it builds anything.
 pub const AUTO: &str = "auto";
 
+/// The keys of a configuration that name methods.
+pub(super) const LINEAR_KEY: &str = "parallel.linear_method";
+const SOFTMAX_KEY: &str = "parallel.softmax_method";
+
 /// GPUs of most nodes.
 const NODE: usize = 8;
 
 /// The scan that `found` names, for the ranks of `group`, connected. Collective: to be called once in a run, on every rank, before
 /// anything is under way.
 pub fn scan(found: &str, group: &Group) -> Result<Arc<dyn Scan>> {
-    decided(found, "parallel.linear_method")?;
-    let choice = choose(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
+    decided(found, LINEAR_KEY)?;
+    let choice = choose(found).map_err(unknown(LINEAR_KEY, found))?;
     let scan: Arc<dyn Scan> = match choice {
         Choice::Lasp2(scan) => Arc::new(scan),
         Choice::Truncated(scan) => Arc::new(scan),
@@ -48,14 +54,14 @@ pub fn scan(found: &str, group: &Group) -> Result<Arc<dyn Scan>> {
 
 /// The method that `found` names, a scan or a left product. Collective as [`scan`] is.
 pub fn linear(found: &str, group: &Group) -> Result<LinearMethod> {
-    decided(found, "parallel.linear_method")?;
+    decided(found, LINEAR_KEY)?;
     match left_product(found) {
         Some(method) => {
             method.connect(group)?;
             Ok(LinearMethod::LeftProduct(method))
         }
         None => {
-            check_linear(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
+            check_linear(found).map_err(unknown(LINEAR_KEY, found))?;
             Ok(LinearMethod::Scan(scan(found, group)?))
         }
     }
@@ -81,11 +87,11 @@ pub fn linear_traffic_within(
     decay: DecayForm,
     reaches: Option<&[Reach; 2]>,
 ) -> Result<Traffic> {
-    decided(found, "parallel.linear_method")?;
+    decided(found, LINEAR_KEY)?;
     if let Some(method) = left_product(found) {
         return Ok(method.traffic(plan, layer));
     }
-    let choice = choose(found).map_err(|expected| Error::Method { found: found.to_owned(), expected })?;
+    let choice = choose(found).map_err(unknown(LINEAR_KEY, found))?;
     let scan: &dyn Scan = match &choice {
         Choice::Lasp2(scan) => scan,
         Choice::Truncated(scan) => {
@@ -186,19 +192,47 @@ fn decided(found: &str, key: &'static str) -> Result<()> {
     if found == AUTO { Err(Error::Undecided { key }) } else { Ok(()) }
 }
 
-pub fn attention(name: &str) -> Result<Arc<dyn Attention>> {
-    decided(name, "parallel.softmax_method")?;
-    match name {
-        "lasp2h" => Ok(Arc::new(Lasp2h::default())),
-        "ring" => Ok(Arc::new(Ring)),
-        "ulysses" => Ok(Arc::new(Ulysses)),
-        "megatron_sp" => Ok(Arc::new(MegatronSp)),
-        _ => Err(unknown(name, "softmax", ATTENTIONS)),
-    }
+/// The method that `found` names for softmax layers, which is still to be connected.
+pub fn attention(found: &str) -> Result<Arc<dyn Attention>> {
+    decided(found, SOFTMAX_KEY)?;
+    choose_attention(found).map_err(unknown(SOFTMAX_KEY, found))
 }
 
-fn unknown(name: &str, kind: &str, known: &[&str]) -> Error {
-    Error::Unsupported(format!("method {name:?} for {kind} attention: expected one of {}", known.join(", ")))
+/// Whether `found` names a method for softmax layers; if not, what was expected.
+pub fn check_attention(found: &str) -> std::result::Result<(), String> {
+    choose_attention(found).map(drop)
+}
+
+fn choose_attention(found: &str) -> std::result::Result<Arc<dyn Attention>, String> {
+    let (name, mut settings) = Settings::split(found);
+    let method: Arc<dyn Attention> = match name {
+        "lasp2h" => Arc::new(with_stages(&mut settings)?),
+        "ring" => Arc::new(Ring),
+        "ulysses" => Arc::new(Ulysses),
+        "megatron_sp" => Arc::new(MegatronSp),
+        _ => return Err(one_of(ATTENTIONS)),
+    };
+    settings.end()?;
+    Ok(method)
+}
+
+fn with_stages(settings: &mut Settings) -> std::result::Result<Lasp2h, String> {
+    Ok(Lasp2h { stages: settings.number("stages", Lasp2h::default().stages)? })
+}
+
+/// LASP-2H as `found` names it, if it does.
+pub(crate) fn lasp2h(found: &str) -> Option<Lasp2h> {
+    let (name, mut settings) = Settings::split(found);
+    if name == "lasp2h" { with_stages(&mut settings).ok() } else { None }
+}
+
+/// The method's name without its settings.
+pub(crate) fn name(found: &str) -> &str {
+    Settings::split(found).0
+}
+
+fn unknown(key: &'static str, found: &str) -> impl FnOnce(String) -> Error {
+    move |expected| Error::Method { key, found: found.to_owned(), expected }
 }
 
 #[cfg(test)]
@@ -225,8 +259,8 @@ mod tests {
     #[test]
     fn auto_must_be_decided_before() {
         for (found, key) in [
-            (collectives::local::run(1, |group| linear(AUTO, &group).map(drop)).unwrap_err(), "parallel.linear_method"),
-            (attention(AUTO).map(drop).unwrap_err(), "parallel.softmax_method"),
+            (collectives::local::run(1, |group| linear(AUTO, &group).map(drop)).unwrap_err(), LINEAR_KEY),
+            (attention(AUTO).map(drop).unwrap_err(), SOFTMAX_KEY),
         ] {
             let message = found.to_string();
             assert!(message.contains(&format!("{key} = \"auto\"")), "{message}");
@@ -252,6 +286,17 @@ mod tests {
             ("lasp1:node=2", "lasp1 without settings; it knows no \"node\""),
         ] {
             assert_eq!(check_scan(wrong), Err(expected.to_owned()), "{wrong}");
+        }
+        assert_eq!(lasp2h("lasp2h:stages=2").map(|method| method.stages), Some(2));
+        assert_eq!(lasp2h("lasp2h").map(|method| method.stages), Some(Lasp2h::default().stages));
+        assert_eq!(check_attention("lasp2h:stages=2"), Ok(()));
+        for (wrong, expected) in [
+            ("lasp2", "one of \"lasp2h\", \"ring\", \"ulysses\", \"megatron_sp\""),
+            ("lasp2h:stages=0", "lasp2h:stages=N with a whole number N of at least 1"),
+            ("lasp2h:splits=2", "lasp2h with no other setting than stages=N, each once; not \"splits\""),
+            ("ring:stages=2", "ring without settings; it knows no \"stages\""),
+        ] {
+            assert_eq!(check_attention(wrong), Err(expected.to_owned()), "{wrong}");
         }
     }
 }

@@ -94,7 +94,7 @@ impl Shard {
             LinearMethod::Scan(scan) => Ok(scan.as_ref()),
             LinearMethod::LeftProduct(method) => {
                 let expected = format!("a method that carries states, one of {}", method::SCANS.join(", "));
-                Err(Error::Method { found: method.name().to_owned(), expected })
+                Err(Error::Method { key: method::LINEAR_KEY, found: method.name().to_owned(), expected })
             }
         }
     }

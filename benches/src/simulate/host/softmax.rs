@@ -21,7 +21,7 @@ pub(super) fn run(
     let kv_heads = if left_product { sizes.heads } else { sizes.kv_heads };
     let attend = Attend { host, ranks, sizes, pass, left_product, kv_heads };
     match method {
-        Softmax::Lasp2h => attend.lasp2h(),
+        Softmax::Lasp2h { stages } => attend.lasp2h(stages),
         Softmax::Ring => attend.ring(),
         Softmax::Ulysses => attend.ulysses(),
         Softmax::MegatronSp => attend.megatron_sp(),
@@ -86,10 +86,10 @@ impl Attend<'_, '_> {
         if self.sizes.slots > 1.0 { self.host.copy(bytes) } else { Ok(0.0) }
     }
 
-    fn lasp2h(self) -> Result<()> {
+    fn lasp2h(self, stages: usize) -> Result<()> {
         let (w, t, whole) = (self.sizes.ranks, self.sizes.tokens, self.sizes.whole);
         let all: Vec<usize> = (0..w).collect();
-        let stages = (self.kv_heads as usize).clamp(1, 4);
+        let stages = stages.clamp(1, (self.kv_heads as usize).max(1));
         let share = 1.0 / stages as f64;
         let (mine, gathered) = (share * self.keys(t), share * self.keys(whole));
         let backward = self.pass == Pass::Backward;

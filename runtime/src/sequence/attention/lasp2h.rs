@@ -23,7 +23,7 @@ use super::{Attention, Forward, Grads, Inputs, LayerSizes, Plan, Result, Saved, 
 #[derive(Clone, Copy, Debug)]
 pub struct Lasp2h {
     /// Most stages of the pipeline; no more than there are KV heads.
-    pub stages: i64,
+    pub stages: usize,
 }
 
 impl Default for Lasp2h {
@@ -35,7 +35,7 @@ impl Default for Lasp2h {
 impl Lasp2h {
     /// `(first KV head, number)` of each stage.
     pub(crate) fn stages(&self, kv_heads: i64) -> Vec<(i64, i64)> {
-        let stages = self.stages.clamp(1, kv_heads.max(1));
+        let stages = (self.stages as i64).clamp(1, kv_heads.max(1));
         let start = |stage: i64| stage * kv_heads / stages;
         (0..stages).map(|s| (start(s), start(s + 1) - start(s))).collect()
     }
