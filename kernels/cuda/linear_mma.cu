@@ -475,8 +475,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) run(const __grid_
             }
             if (INTRA) {
                 if (INNER) {
-                    const int g = group_of(warp);
-                    score<DECAY != 0, DK>(scores, halves, inner_x, keys, d.back[g], !(DECAY && d.steep[parity][g]), warp, lane);
+                    const int own = group_of(warp);
+                    const bool wanted = !(DECAY && d.steep[parity][own]);
+                    score<DECAY != 0, DK>(scores, halves, inner_x, keys, d.back[own], wanted, warp, lane);
                     if (DECAY)
 #pragma unroll 1
                         for (int g = 0; g < GROUPS; ++g)

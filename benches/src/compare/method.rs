@@ -167,6 +167,7 @@ mod tests {
         let expected =
             ["lasp2", "lasp2:truncate,splits=2 zigzag", "all_scan:blocks=8", "ring_left_product (quadratic)"];
         assert_eq!(found.unwrap(), expected);
+        assert_eq!(labels("ring,ring zigzag", Mixer::Softmax).unwrap(), ["ring", "ring zigzag"]);
         assert_eq!(labels("lasp2h:stages=2 zigzag,ring", Mixer::Softmax).unwrap(), ["lasp2h:stages=2 zigzag", "ring"]);
         let found = Method::list("lasp2:splits=2,auto zigzag,lasp1", Mixer::Linear, LayoutKind::Contiguous).unwrap();
         assert_eq!(found.iter().map(Method::is_open).collect::<Vec<_>>(), [false, true, false]);
@@ -179,7 +180,11 @@ mod tests {
         for (text, mixer, expected) in [
             ("lasp3", Mixer::Linear, "found \"lasp3\" for --mixer linear, expected one of \"lasp2\""),
             ("ring", Mixer::Linear, ", or --mixer softmax"),
-            ("lasp2", Mixer::Softmax, "\"ulysses\", \"megatron_sp\", or --mixer linear"),
+            (
+                "lasp2",
+                Mixer::Softmax,
+                "expected one of \"lasp2h\", \"ring\", \"ulysses\", \"megatron_sp\", or --mixer linear",
+            ),
             ("lasp2:blocks=3", Mixer::Linear, "lasp2 with no other setting than"),
             ("lasp1,lasp1", Mixer::Linear, "found \"lasp1\" twice"),
             ("", Mixer::Linear, "found \"\""),

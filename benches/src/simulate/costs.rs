@@ -10,6 +10,7 @@ use runtime::config::{Config, DecayKind, LayerKind, LayoutKind};
 use runtime::estimate::{Activations, Parameters};
 use runtime::model::constant_log_decay;
 use runtime::sequence::LayerSizes;
+use runtime::sequence::attention::Lasp2h;
 use runtime::sequence::scan::{DecayForm, Reach, StateSize};
 
 use super::machine::Machine;
@@ -225,9 +226,8 @@ impl<'a> Costs<'a> {
 
     /// KV heads of each stage of LASP-2H's pipeline, as shares of all: at most so many stages.
     pub fn stages(&self, stages: usize) -> Vec<f64> {
-        let stages = stages.clamp(1, (self.kv_heads as usize).max(1));
-        let start = |stage: usize| (stage * self.kv_heads as usize / stages) as f64;
-        (0..stages).map(|stage| (start(stage + 1) - start(stage)) / self.kv_heads).collect()
+        let stages = Lasp2h { stages }.stages(self.kv_heads as i64);
+        stages.into_iter().map(|(_, heads)| heads as f64 / self.kv_heads).collect()
     }
 }
 

@@ -4,6 +4,7 @@
 
 use runtime::config::LayoutKind;
 use runtime::sequence::attention::Lasp2h;
+use runtime::sequence::method::lasp2h;
 use runtime::sequence::scan::AllScan;
 
 use super::{Error, Result};
@@ -126,14 +127,10 @@ impl Method {
 
 fn softmax(part: &str) -> Option<Softmax> {
     Some(match part {
-        "lasp2h" => Softmax::Lasp2h { stages: Lasp2h::default().stages },
         "ring" => Softmax::Ring,
         "ulysses" => Softmax::Ulysses,
         "megatron_sp" => Softmax::MegatronSp,
-        _ => {
-            let stages = part.strip_prefix("lasp2h:stages=")?.parse().ok().filter(|n| *n > 0)?;
-            Softmax::Lasp2h { stages }
-        }
+        _ => Softmax::Lasp2h { stages: lasp2h(part)?.stages },
     })
 }
 

@@ -85,8 +85,9 @@ fn parallel(config: &Config) -> Check {
         ("parallel.linear_method", linear, check_linear(linear)),
         ("parallel.softmax_method", softmax, check_attention(softmax)),
     ] {
-        let expected = check.err().filter(|_| found != AUTO).map(|expected| format!("{expected}, or {AUTO:?}"));
-        require(expected.is_none(), key, format!("{found:?}"), expected.unwrap_or_default())?;
+        if let Err(expected) = check {
+            require(found == AUTO, key, format!("{found:?}"), format!("{expected}, or {AUTO:?}"))?;
+        }
     }
     let constant = matches!(config.model.decay, DecayKind::None | DecayKind::Lightning | DecayKind::Retention);
     require(

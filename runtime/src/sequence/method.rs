@@ -112,7 +112,7 @@ pub fn linear_traffic_within(
 
 /// Whether `found` names a method for linear layers; if not, what was expected.
 pub fn check_linear(found: &str) -> std::result::Result<(), String> {
-    let name = Settings::split(found).0;
+    let name = name(found);
     if LEFT_PRODUCTS.contains(&found) {
         Ok(())
     } else if LEFT_PRODUCTS.contains(&name) {
@@ -195,35 +195,45 @@ fn decided(found: &str, key: &'static str) -> Result<()> {
 /// The method that `found` names for softmax layers, which is still to be connected.
 pub fn attention(found: &str) -> Result<Arc<dyn Attention>> {
     decided(found, SOFTMAX_KEY)?;
-    choose_attention(found).map_err(unknown(SOFTMAX_KEY, found))
+    Ok(match choose_attention(found).map_err(unknown(SOFTMAX_KEY, found))? {
+        AttentionChoice::Lasp2h(method) => Arc::new(method),
+        AttentionChoice::Ring => Arc::new(Ring),
+        AttentionChoice::Ulysses => Arc::new(Ulysses),
+        AttentionChoice::MegatronSp => Arc::new(MegatronSp),
+    })
 }
 
 /// Whether `found` names a method for softmax layers; if not, what was expected.
 pub fn check_attention(found: &str) -> std::result::Result<(), String> {
-    choose_attention(found).map(drop)
+    choose_attention(found).map(|_| ())
 }
 
-fn choose_attention(found: &str) -> std::result::Result<Arc<dyn Attention>, String> {
+enum AttentionChoice {
+    Lasp2h(Lasp2h),
+    Ring,
+    Ulysses,
+    MegatronSp,
+}
+
+fn choose_attention(found: &str) -> std::result::Result<AttentionChoice, String> {
     let (name, mut settings) = Settings::split(found);
-    let method: Arc<dyn Attention> = match name {
-        "lasp2h" => Arc::new(with_stages(&mut settings)?),
-        "ring" => Arc::new(Ring),
-        "ulysses" => Arc::new(Ulysses),
-        "megatron_sp" => Arc::new(MegatronSp),
+    let choice = match name {
+        "lasp2h" => AttentionChoice::Lasp2h(Lasp2h { stages: settings.number("stages", Lasp2h::default().stages)? }),
+        "ring" => AttentionChoice::Ring,
+        "ulysses" => AttentionChoice::Ulysses,
+        "megatron_sp" => AttentionChoice::MegatronSp,
         _ => return Err(one_of(ATTENTIONS)),
     };
     settings.end()?;
-    Ok(method)
+    Ok(choice)
 }
 
-fn with_stages(settings: &mut Settings) -> std::result::Result<Lasp2h, String> {
-    Ok(Lasp2h { stages: settings.number("stages", Lasp2h::default().stages)? })
-}
-
-/// LASP-2H as `found` names it, if it does.
-pub(crate) fn lasp2h(found: &str) -> Option<Lasp2h> {
-    let (name, mut settings) = Settings::split(found);
-    if name == "lasp2h" { with_stages(&mut settings).ok() } else { None }
+/// LASP-2H with its settings, if `found` names it.
+pub fn lasp2h(found: &str) -> Option<Lasp2h> {
+    match choose_attention(found) {
+        Ok(AttentionChoice::Lasp2h(method)) => Some(method),
+        _ => None,
+    }
 }
 
 /// The method's name without its settings.
@@ -259,8 +269,8 @@ mod tests {
     #[test]
     fn auto_must_be_decided_before() {
         for (found, key) in [
-            (collectives::local::run(1, |group| linear(AUTO, &group).map(drop)).unwrap_err(), LINEAR_KEY),
-            (attention(AUTO).map(drop).unwrap_err(), SOFTMAX_KEY),
+            (collectives::local::run(1, |group| linear(AUTO, &group).map(drop)).unwrap_err(), "parallel.linear_method"),
+            (attention(AUTO).map(drop).unwrap_err(), "parallel.softmax_method"),
         ] {
             let message = found.to_string();
             assert!(message.contains(&format!("{key} = \"auto\"")), "{message}");
@@ -289,6 +299,7 @@ mod tests {
         }
         assert_eq!(lasp2h("lasp2h:stages=2").map(|method| method.stages), Some(2));
         assert_eq!(lasp2h("lasp2h").map(|method| method.stages), Some(Lasp2h::default().stages));
+        assert!(lasp2h("lasp2h:splits=2").is_none() && lasp2h("ring").is_none());
         assert_eq!(check_attention("lasp2h:stages=2"), Ok(()));
         for (wrong, expected) in [
             ("lasp2", "one of \"lasp2h\", \"ring\", \"ulysses\", \"megatron_sp\""),

@@ -2,7 +2,7 @@
 //! copied on the way is counted as `runtime::sequence::{attention, left_product}` copy it.
 
 use kernels::softmax::Tile;
-use runtime::sequence::attention;
+use runtime::sequence::attention::{self, Lasp2h};
 
 use super::ranks::Ranks;
 use super::{Host, Pass, Sizes, left_product_kind, pairs_kernel};
@@ -89,7 +89,7 @@ impl Attend<'_, '_> {
     fn lasp2h(self, stages: usize) -> Result<()> {
         let (w, t, whole) = (self.sizes.ranks, self.sizes.tokens, self.sizes.whole);
         let all: Vec<usize> = (0..w).collect();
-        let stages = stages.clamp(1, (self.kv_heads as usize).max(1));
+        let stages = Lasp2h { stages }.stages(self.kv_heads as i64).len();
         let share = 1.0 / stages as f64;
         let (mine, gathered) = (share * self.keys(t), share * self.keys(whole));
         let backward = self.pass == Pass::Backward;

@@ -34,7 +34,7 @@ impl Default for Lasp2h {
 
 impl Lasp2h {
     /// `(first KV head, number)` of each stage.
-    pub(crate) fn stages(&self, kv_heads: i64) -> Vec<(i64, i64)> {
+    pub fn stages(&self, kv_heads: i64) -> Vec<(i64, i64)> {
         let stages = (self.stages as i64).clamp(1, kv_heads.max(1));
         let start = |stage: i64| stage * kv_heads / stages;
         (0..stages).map(|s| (start(s), start(s + 1) - start(s))).collect()
